@@ -1,0 +1,291 @@
+"""Soft actor-critic (Haarnoja et al. 2018, arXiv:1812.05905) with what makes it work from few samples and
+prior data: LayerNorm critics, high update ratios and mixed batches (RLPD, Ball et al. 2023,
+arXiv:2302.02948), and against overfitting to a few successful episodes noise on observations, weight decay
+and an averaged actor for evaluation.
+
+`SAC.update` is one gradient step of everything on one batch. It never waits for a GPU, and its randomness
+comes from the agent's own generator alone.
+"""
+
+import copy
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from common.nets import (
+    ActorModelConfig,
+    CriticEnsemble,
+    ObsNorm,
+    OptimConfig,
+    SquashedGaussianPolicy,
+    compiled,
+    cpu_copy,
+    new_generator,
+)
+
+
+@dataclass
+class SACConfig:
+    """Section `algorithm` with `name: sac`."""
+
+    name: Literal["sac"] = "sac"
+    gamma: float = 0.8  # ManiSkill's own SAC and the reference use 0.8: tasks of 50 short steps
+    tau: float = 0.01  # share of the critic that flows into its target at each update
+    batch_size: int = 1024
+    utd: float = 0.5  # updates per env step (all envs together)
+    learning_starts: int = 4000  # env steps before the first online update
+    buffer_size: int = 1_000_000
+    target_entropy: float | None = None  # null: minus the number of action dimensions
+    init_alpha: float = 0.01
+    auto_alpha: bool = True  # tune alpha towards target_entropy
+    alpha_lr: float = 3e-4
+    num_critics: int = 2
+    critic_subset: int = 2  # the target takes the minimum over so many, drawn anew at each update (REDQ)
+    critic_layer_norm: bool = False
+    entropy_in_target: bool = (
+        True  # off: the critic values task reward alone (RLPD advises it for sparse rewards)
+    )
+    target_clip: tuple[float, float] | None = None  # [lowest, highest] return possible, where it is known
+    bootstrap_type: Literal["standard", "always", "none"] = "standard"  # see common/rewards.py
+    prior_data: str | None = None  # folder of episodes; each batch takes prior_fraction from them (RLPD)
+    prior_fraction: float = 0.5
+    offline_updates: int = 0  # on prior data, before the first env step
+    obs_noise: float = (
+        0.0  # sd of Gaussian noise on scaled observations in every update; .2 helped small data
+    )
+    ema_actor: float = 0.0  # rate of an averaged actor used for evaluation (.005); 0 = off
+    max_grad_norm: float | None = None
+    compile: bool = False  # torch.compile the losses
+    cudagraphs: bool = False  # and replay them as CUDA graphs (GPU only)
+
+    def __post_init__(self) -> None:
+        for name in ("gamma", "tau", "prior_fraction", "ema_actor"):
+            if not 0 <= vars(self)[name] <= 1:
+                raise ValueError(f"{name} must lie in [0, 1], got {vars(self)[name]}")
+        for name in ("utd", "init_alpha", "alpha_lr", "max_grad_norm"):
+            if vars(self)[name] is not None and vars(self)[name] <= 0:
+                raise ValueError(f"{name} must be > 0, got {vars(self)[name]}")
+        for name in ("learning_starts", "offline_updates", "obs_noise"):
+            if vars(self)[name] < 0:
+                raise ValueError(f"{name} must not be negative, got {vars(self)[name]}")
+        for name in ("batch_size", "buffer_size"):
+            if vars(self)[name] < 1:
+                raise ValueError(f"{name} must be at least 1, got {vars(self)[name]}")
+        if not 1 <= self.critic_subset <= self.num_critics:
+            raise ValueError(
+                f"critic_subset must lie in 1..num_critics ({self.num_critics}), got {self.critic_subset}"
+            )
+        if self.target_clip is not None and not self.target_clip[0] < self.target_clip[1]:
+            raise ValueError(f"target_clip must be [low, high] with low < high, got {self.target_clip}")
+        if self.offline_updates and self.prior_data is None:
+            raise ValueError(f"offline_updates is {self.offline_updates}, but prior_data names no folder")
+
+
+class SAC:
+    """Squashed Gaussian policy, critic ensemble with its target, temperature alpha, and their optimisers."""
+
+    def __init__(
+        self,
+        obs_dim: int,
+        action_dim: int,
+        algorithm: SACConfig,
+        model: ActorModelConfig,
+        optim: OptimConfig,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.cfg = cfg = algorithm
+        self.device = torch.device(device)
+        self.action_dim = action_dim
+        activation = model.activation or "relu"
+        self.norm = ObsNorm(obs_dim).to(self.device)
+        self.policy = SquashedGaussianPolicy(obs_dim, action_dim, model.hidden_dims, activation).to(
+            self.device
+        )
+        self.critic = CriticEnsemble(
+            cfg.num_critics, obs_dim + action_dim, model.hidden_dims, activation, cfg.critic_layer_norm
+        ).to(self.device)
+        self.target = copy.deepcopy(self.critic).requires_grad_(False)
+        self.ema_policy = copy.deepcopy(self.policy).requires_grad_(False) if cfg.ema_actor else None
+        self.log_alpha = torch.tensor(
+            [math.log(cfg.init_alpha)], device=self.device, requires_grad=cfg.auto_alpha
+        )
+        self.target_entropy = -float(action_dim) if cfg.target_entropy is None else cfg.target_entropy
+
+        decay = optim.weight_decay
+        self.critic_optimizer = torch.optim.AdamW(
+            self.critic.parameters(), lr=optim.value_lr, eps=optim.eps, weight_decay=decay, fused=True
+        )
+        # Policy and alpha never meet in one gradient, so one optimiser and one backward pass serve both.
+        groups = [{"params": list(self.policy.parameters()), "lr": optim.lr, "weight_decay": decay}]
+        if cfg.auto_alpha:
+            groups.append({"params": [self.log_alpha], "lr": cfg.alpha_lr, "weight_decay": 0.0})
+        self.actor_optimizer = torch.optim.AdamW(groups, eps=optim.eps, fused=True)
+        self.generator = new_generator(self.device)
+        self.critic_loss_function = compiled(self.critic_loss, cfg.compile, cfg.cudagraphs)
+        self.actor_loss_function = compiled(self.actor_loss, cfg.compile, cfg.cudagraphs)
+
+    @property
+    def eval_actor(self) -> SquashedGaussianPolicy:
+        """The policy to evaluate: the averaged one if `ema_actor` is on."""
+        return self.policy if self.ema_policy is None else self.ema_policy
+
+    def set_obs_stats(self, mean: Tensor, std: Tensor) -> None:
+        """Scale observations by mean and std (D,) from now on: once, before the first update."""
+        self.norm.set(mean, std)
+
+    @torch.no_grad()
+    def act(self, obs: Tensor, deterministic: bool = False) -> Tensor:
+        """obs (N, D) -> action (N, A) in [-1, 1]. `deterministic`: the mean of `eval_actor`; else a sample of
+        the policy that is being trained."""
+        obs = self.norm(obs.to(self.device))
+        if deterministic:
+            return self.eval_actor.mean(obs)
+        return self.policy.sample(obs, self.draw(len(obs), self.action_dim))[0]
+
+    def draw(self, rows: int, columns: int) -> Tensor:
+        """Standard normal noise (rows, columns) from the agent's generator."""
+        return torch.randn(
+            rows, columns, generator=self.generator, device=self.device, dtype=self.log_alpha.dtype
+        )
+
+    # -- one update ----------------------------------------------------------------------------------------
+
+    def update(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """One gradient step of critics, policy and alpha, then of the target (and the averaged actor).
+
+        batch, on the agent's device: obs, next_obs (B, D), action (B, A), reward (B,) float, terminal (B,)
+        bool. Returns detached 0-d tensors on the device (reading one waits for the GPU: do it rarely).
+        """
+        cfg = self.cfg
+        if cfg.cudagraphs:
+            torch.compiler.cudagraph_mark_step_begin()
+        obs, next_obs = self.noisy(batch["obs"]), self.noisy(batch["next_obs"])
+        next_noise, noise = self.draw(len(obs), 2 * self.action_dim).chunk(2, dim=-1)
+        subset = None
+        if cfg.critic_subset < cfg.num_critics:
+            order = torch.randperm(cfg.num_critics, generator=self.generator, device=self.device)
+            subset = order[: cfg.critic_subset]
+
+        loss, critic_watched = self.critic_loss_function(batch, obs, next_obs, next_noise, subset)
+        self.descend(loss, self.critic_optimizer)
+        loss, actor_watched = self.actor_loss_function(obs, noise)
+        self.descend(loss, self.actor_optimizer)
+        with torch.no_grad():
+            follow(self.target, self.critic, cfg.tau)
+            if self.ema_policy is not None:
+                follow(self.ema_policy, self.policy, cfg.ema_actor)
+
+        names = ("critic_loss", "q", "q_target", "actor_loss", "entropy", "alpha")
+        return dict(zip(names, torch.cat([critic_watched, actor_watched]).unbind(), strict=True))
+
+    def noisy(self, obs: Tensor) -> Tensor:
+        """Scaled observations with `obs_noise` on them."""
+        obs = self.norm(obs)
+        return obs + self.cfg.obs_noise * self.draw(*obs.shape) if self.cfg.obs_noise else obs
+
+    @torch.no_grad()
+    def target_q(
+        self, batch: dict[str, Tensor], next_obs: Tensor, next_noise: Tensor, subset: Tensor | None
+    ) -> Tensor:
+        """y = reward + gamma * (1 - terminal) * (min_c Q_c(s', a') - alpha * log pi(a'|s')), a' ~ pi(s');
+        (B,).
+        """
+        cfg = self.cfg
+        next_action, next_logprob = self.policy.sample(next_obs, next_noise)
+        next_q = self.target(next_obs, next_action)  # (C, B)
+        next_value = (next_q if subset is None else next_q[subset]).amin(0)
+        if cfg.entropy_in_target:
+            next_value = next_value - self.log_alpha.exp() * next_logprob
+        y = batch["reward"] + cfg.gamma * (~batch["terminal"]) * next_value
+        return y if cfg.target_clip is None else y.clamp(*cfg.target_clip)
+
+    def critic_loss(
+        self,
+        batch: dict[str, Tensor],
+        obs: Tensor,
+        next_obs: Tensor,
+        next_noise: Tensor,
+        subset: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Squared error to the target, summed over critics, (); and loss, mean Q, mean target to watch
+        (3,).
+        """
+        y = self.target_q(batch, next_obs, next_noise, subset)
+        q = self.critic(obs, batch["action"])  # (C, B)
+        loss = (q - y).square().mean(1).sum()
+        return loss, torch.stack([loss, q.mean(), y.mean()]).detach()
+
+    def actor_loss(self, obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """alpha * log pi(a|s) - Q(s, a), plus alpha's own loss, (); and loss, entropy, alpha to watch (3,).
+
+        Q is the minimum of the critics as in SAC, or their mean where targets use a subset of them (REDQ).
+        """
+        cfg = self.cfg
+        action, logprob = self.policy.sample(obs, noise)
+        q = self.critic(obs, action, frozen=True)  # (C, B)
+        q = q.amin(0) if cfg.critic_subset == cfg.num_critics else q.mean(0)
+        alpha = self.log_alpha.detach().exp()
+        loss = policy_loss = (alpha * logprob - q).mean()
+        entropy = -logprob.detach().mean()
+        if cfg.auto_alpha:
+            loss = loss + (self.log_alpha.exp() * (entropy - self.target_entropy)).sum()
+        return loss, torch.stack([policy_loss.detach(), entropy, alpha.squeeze()])
+
+    def descend(self, loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if self.cfg.max_grad_norm is not None:
+            nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], self.cfg.max_grad_norm)
+        optimizer.step()
+
+    # -- state ---------------------------------------------------------------------------------------------
+
+    def actor_state(self) -> dict[str, dict[str, Tensor]]:
+        """What a rollout process needs to act, on the CPU and detached from training."""
+        return {
+            "norm": cpu_copy(self.norm),
+            "policy": cpu_copy(self.policy),
+            "eval_policy": cpu_copy(self.eval_actor),
+        }
+
+    def load_actor_state(self, state: dict[str, dict[str, Tensor]]) -> None:
+        """Take over the weights of an `actor_state`."""
+        self.norm.load_state_dict(state["norm"])
+        self.policy.load_state_dict(state["policy"])
+        if self.ema_policy is not None:
+            self.ema_policy.load_state_dict(state["eval_policy"])
+
+    def state_dict(self) -> dict:
+        """Everything needed to go on (less the replay buffer): tensors and plain containers only."""
+        return {
+            "norm": self.norm.state_dict(),
+            "policy": self.policy.state_dict(),
+            "eval_policy": self.eval_actor.state_dict(),
+            "critic": self.critic.state_dict(),
+            "target": self.target.state_dict(),
+            "log_alpha": self.log_alpha.detach(),
+            "critic_optimizer": self.critic_optimizer.state_dict(),
+            "actor_optimizer": self.actor_optimizer.state_dict(),
+            "generator": {self.device.type: self.generator.get_state()},
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on from a `state_dict`, also of another device type (whose random numbers cannot be
+        continued).
+        """
+        self.load_actor_state(state)
+        self.critic.load_state_dict(state["critic"])
+        self.target.load_state_dict(state["target"])
+        self.log_alpha.data.copy_(state["log_alpha"])
+        self.critic_optimizer.load_state_dict(state["critic_optimizer"])
+        self.actor_optimizer.load_state_dict(state["actor_optimizer"])
+        if self.device.type in state["generator"]:
+            self.generator.set_state(state["generator"][self.device.type].cpu())
+
+
+def follow(average: nn.Module, module: nn.Module, rate: float) -> None:
+    """average += rate * (module - average), for all parameters in one call."""
+    torch._foreach_lerp_(list(average.parameters()), list(module.parameters()), rate)
