@@ -1,0 +1,214 @@
+"""ManiSkill tasks as batched envs with auto-reset, a state for the policy and camera frames on demand.
+
+`ManiSkillEnvs` is one simulation in this process: any number of envs on a GPU, one on the CPU (PhysX's CPU
+backend holds one env per scene). Many CPU envs are many processes: `common.workers`. Both are driven alike:
+
+    obs = envs.reset(seed)                       # (N, D) float32
+    envs.step_async(action, Render.IF_DONE)      # action (N, A) float32 in [-1, 1]
+    step = envs.step_wait()                      # a Step; finished envs have been reset already
+
+Nothing is rendered that was not asked for. A `Step` keeps the true next observation of a finished episode
+(`next_obs`) apart from what the policy acts on next (`obs`); no other module knows where an auto-reset env
+hides it.
+"""
+
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any
+
+import numpy as np
+import torch
+
+from common.runtime import UserError
+from common.scenes import VIEWS, EnvConfig, camera_facts, make_base_env, use_low_poly_visuals
+
+
+class Render(IntEnum):
+    """What to render after a step, per env."""
+
+    NONE = 0
+    IF_DONE = 1  # the last frame of an episode only
+    ALWAYS = 2  # the frame of every step
+    RECORD = 3  # every step, and the first frame of the episode that follows an auto-reset
+
+
+@dataclass
+class EnvSpec:
+    obs_dim: int
+    action_dim: int
+    obs_layout: dict[str, tuple[int, int]]  # name of each part of the state -> its columns [start, stop)
+    info_keys: tuple[str, ...]  # per-env scalars of ManiSkill's info, "success" among them
+    frame_shape: dict[str, tuple[int, int, int]]  # view -> (H, W, 3)
+    task: str
+    task_description: str
+    render: dict[
+        str, Any
+    ]  # what made the pictures; kept in episodes and reward models, compared before scoring
+
+
+@dataclass
+class Step:
+    obs: (
+        torch.Tensor
+    )  # (N, D) float32: act on this next (a first observation where an episode has just ended)
+    next_obs: torch.Tensor  # (N, D) float32: what the action led to, the true last observation included
+    env_reward: torch.Tensor  # (N,) float32
+    terminated: torch.Tensor  # (N,) bool
+    truncated: torch.Tensor  # (N,) bool
+    info: dict[str, torch.Tensor]  # name -> (N,) float32 or bool, of next_obs
+    frames: dict[str, torch.Tensor]  # view -> (M, H, W, 3) uint8 of next_obs, for the M envs in frame_ids
+    frame_ids: torch.Tensor  # (M,) int64
+    reset_frames: dict[str, torch.Tensor]  # view -> (R, H, W, 3) uint8 of obs, for the R envs in reset_ids
+    reset_ids: torch.Tensor  # (R,) int64: finished envs under Render.RECORD
+
+    @property
+    def done(self) -> torch.Tensor:
+        return self.terminated | self.truncated
+
+    @property
+    def success(self) -> torch.Tensor:
+        """(N,) bool: the simulator's verdict on next_obs, the truth."""
+        return self.info["success"]
+
+
+def episode_seed(seed: int, env_idx: int, episode: int) -> int:
+    """The simulator seed of one episode: the same whichever process runs it and whatever ran before."""
+    return int(np.random.SeedSequence([seed, env_idx, episode]).generate_state(1)[0] >> 1)
+
+
+# ----------------------------------------------------------------------------------------------------
+# The simulation
+# ----------------------------------------------------------------------------------------------------
+
+
+class ManiSkillEnvs:
+    """One ManiSkill simulation: `num_envs` envs on a GPU, or exactly one on the CPU, number `first_env` of many.
+
+    Tensors stay on the device of the simulation. UserError where the task is unknown or wants a download.
+    """
+
+    def __init__(self, cfg: EnvConfig, num_envs: int, first_env: int = 0, views: tuple[str, ...] = VIEWS):
+        self.cfg, self.num_envs, self.first_env, self.views = cfg, num_envs, first_env, views
+        self.env = make_base_env(cfg, num_envs)
+        self.device = self.env.device
+        self.on_gpu = self.env.gpu_sim_enabled
+        self.seed, self.episode = 0, 0
+        self.env.reset(seed=0)
+        self._prepare_visuals()
+        self.spec = self._describe()
+        self._pending: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    # -- driving --------------------------------------------------------------------------------
+
+    def reset(self, seed: int) -> torch.Tensor:
+        """Start all envs anew. -> obs (N, D)."""
+        self.seed, self.episode = seed, 0
+        if self.on_gpu:
+            # one generator serves all envs of a GPU scene; auto-resets go on from it
+            return self._first_obs(self.env.reset(seed=episode_seed(seed, self.first_env, 0)))
+        return self._reset_done(None)
+
+    def step_async(self, action: torch.Tensor, render: Render | torch.Tensor = Render.NONE) -> None:
+        """Begin a step. action (N, A) float32 in [-1, 1]; render: one mode for all envs or (N,) of them."""
+        if not isinstance(render, torch.Tensor):
+            render = torch.full((self.num_envs,), int(render), dtype=torch.uint8)
+        self._pending = (action, render)
+
+    def step_wait(self) -> Step:
+        action, render = self._pending
+        obs, env_reward, terminated, _, info = self.env.step(action)
+        truncated = self.env.elapsed_steps >= self.cfg.max_episode_steps
+        if self.cfg.ignore_terminations:
+            terminated = torch.zeros_like(terminated)
+        truncated = truncated & ~terminated
+        done = terminated | truncated
+
+        render = render.to(self.device)
+        wanted = (render >= Render.ALWAYS) | ((render == Render.IF_DONE) & done)
+        frame_ids = wanted.nonzero().squeeze(1)
+        frames = self.render(frame_ids)
+        info = {key: info[key].clone() for key in self.spec.info_keys}
+        next_obs, reset_ids, reset_frames = obs, frame_ids[:0], {}
+        if done.any():
+            next_obs = obs.clone()
+            obs = self._reset_done(done)
+            reset_ids = (done & (render == Render.RECORD)).nonzero().squeeze(1)
+            reset_frames = self.render(reset_ids)
+        return Step(
+            obs, next_obs, env_reward.float(), terminated, truncated, info,
+            frames, frame_ids, reset_frames, reset_ids,
+        )  # fmt: skip
+
+    def step(self, action: torch.Tensor, render: Render | torch.Tensor = Render.NONE) -> Step:
+        self.step_async(action, render)
+        return self.step_wait()
+
+    def render(self, env_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Pictures of the present state: view -> (M, H, W, 3) uint8 for the M envs asked for."""
+        if len(env_ids) == 0:
+            return {}
+        scene = self.env.scene
+        scene.update_render(update_sensors=True, update_human_render_cameras=False)
+        cameras = {view: scene.sensors[view] for view in self.views}
+        for camera in cameras.values():
+            camera.capture()
+        frames = {}
+        for view, camera in cameras.items():
+            rgb = camera.get_obs(rgb=True, depth=False, position=False, segmentation=False)["rgb"]
+            frames[view] = rgb if len(env_ids) == self.num_envs else rgb[env_ids]
+        return frames
+
+    def close(self) -> None:
+        self.env.close()
+
+    # -- parts --------------------------------------------------------------------------------
+
+    def _reset_done(self, done: torch.Tensor | None) -> torch.Tensor:
+        if self.on_gpu:
+            return self._first_obs(self.env.reset(options={"env_idx": done.nonzero().squeeze(1)}))
+        seed = episode_seed(self.seed, self.first_env, self.episode)
+        self.episode += 1
+        return self._first_obs(self.env.reset(seed=seed))
+
+    @staticmethod
+    def _first_obs(obs_and_info: tuple) -> torch.Tensor:
+        return obs_and_info[0]
+
+    def _prepare_visuals(self) -> None:
+        if self.cfg.cameras.show_goal_site:
+            for hidden in self.env._hidden_objects:
+                hidden.show_visual()
+            self.env._hidden_objects.clear()
+        if self.cfg.low_poly:
+            use_low_poly_visuals(self.env.scene)
+
+    def _describe(self) -> EnvSpec:
+        info = self.env.get_info()
+        layout, column = {}, 0
+        for part in self.env._get_obs_state_dict(
+            info
+        ).values():  # "agent" and "extra", flattened in this order
+            for name, value in part.items():
+                width = value[0].numel()
+                layout[name] = (column, column + width)
+                column += width
+        if "success" not in info:
+            raise UserError(f"task {self.cfg.task} does not say whether it succeeded; choose another")
+        keys = [k for k, v in info.items() if isinstance(v, torch.Tensor) and v.shape == (self.num_envs,)]
+        cameras = {view: self.env._sensor_configs[view] for view in VIEWS}
+        return EnvSpec(
+            obs_dim=column,
+            action_dim=self.env.single_action_space.shape[0],
+            obs_layout=layout,
+            info_keys=tuple(sorted(k for k in keys if k != "elapsed_steps")),
+            frame_shape={view: (cameras[view].height, cameras[view].width, 3) for view in self.views},
+            task=self.cfg.task,
+            task_description=self.cfg.description,
+            render={
+                "task": self.cfg.task,
+                "shader": self.cfg.cameras.shader,
+                "low_poly": self.cfg.low_poly,
+                "show_goal_site": self.cfg.cameras.show_goal_site,
+                "views": {view: camera_facts(camera) for view, camera in cameras.items()},
+            },
+        )

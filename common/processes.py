@@ -1,0 +1,78 @@
+"""A child process that cannot be lost: spawned, joined, its errors raised in the parent.
+
+Spawned because CUDA and Vulkan do not survive a fork. The child ignores Ctrl-C (its parent asks it to stop), ends
+when its parent does, and sends its traceback up before it dies.
+"""
+
+import signal
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+
+import torch.multiprocessing as mp
+
+from common.runtime import UserError, set_threads
+
+
+class WorkerError(RuntimeError):
+    """A child process failed; the message carries its traceback."""
+
+
+class Child:
+    """A spawned process running `target(connection, *args)`, with both ends of a pipe looked after."""
+
+    def __init__(self, name: str, target: Callable, args: tuple = ()):
+        context = mp.get_context("spawn")
+        self.name = name
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(
+            target=_run_child, args=(target, theirs, *args), name=name, daemon=True
+        )
+        self.process.start()
+        theirs.close()
+
+    def send(self, message) -> None:
+        try:
+            self.connection.send(message)
+        except (BrokenPipeError, ConnectionResetError):
+            self.receive()  # raises with what the child said last
+
+    def receive(self):
+        """The next message. WorkerError if the child failed or died; UserError if it raised one."""
+        wait([self.connection, self.process.sentinel])
+        try:
+            if not self.connection.poll():
+                raise EOFError
+            kind, content = self.connection.recv()
+        except (EOFError, ConnectionResetError):
+            self.process.join(2)
+            raise WorkerError(f"{self.name} died with exit code {self.process.exitcode}") from None
+        if kind == "user error":
+            raise UserError(content)
+        if kind == "error":
+            raise WorkerError(f"{self.name} failed:\n{content}")
+        return content
+
+    def has_message(self) -> bool:
+        """True where `receive` would not wait: a message, or a child that has ended."""
+        return bool(wait([self.connection, self.process.sentinel], timeout=0))
+
+    def close(self) -> None:
+        self.connection.close()  # the child's next recv ends it
+        self.process.join(5)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
+
+
+def _run_child(target: Callable, connection: Connection, *args) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    set_threads(1)
+    try:
+        target(connection, *args)
+    except EOFError:
+        return  # the parent closed its end or is gone
+    except UserError as error:
+        connection.send(("user error", str(error)))
+    except Exception:
+        connection.send(("error", traceback.format_exc()))

@@ -1,0 +1,111 @@
+"""Wrappers around batched envs; each is driven like the envs it wraps."""
+
+import torch
+
+from common.envs import EnvSpec, Render, Step
+from common.episodes import EpisodeWriter
+from common.scenes import DataCollectionConfig
+
+
+class EpisodeRecorder:
+    """Hands every finished episode to an `EpisodeWriter`, in RLinf's format (see `common.episodes`).
+
+    Records the frames of all views at every step; passes on those alone that its caller asked for. An episode cut
+    short by `reset` or `close` is dropped: it has no last frame and no outcome.
+    """
+
+    def __init__(self, envs, cfg: DataCollectionConfig, writer: EpisodeWriter):
+        self.envs, self.cfg, self.writer = envs, cfg, writer
+        self.spec: EnvSpec = envs.spec
+        self.num_envs, self.device = envs.num_envs, envs.device
+        self.num_episodes = self.num_successes = self.num_steps = 0
+
+    def reset(self, seed: int) -> torch.Tensor:
+        """-> obs (N, D) float32."""
+        obs = self.envs.reset(seed)
+        frames = self.envs.render(torch.arange(self.num_envs, device=self.device))
+        self._episodes = [self._begin(i, obs[i], frames, i) for i in range(self.num_envs)]
+        return obs
+
+    def step_async(self, action: torch.Tensor, render: Render | torch.Tensor = Render.NONE) -> None:
+        self._action = action.detach().cpu().numpy().copy()
+        self._asked = torch.as_tensor(int(render)) if isinstance(render, Render) else render
+        self.envs.step_async(action, Render.RECORD)
+
+    def step_wait(self) -> Step:
+        step = self.envs.step_wait()
+        self.num_steps += self.num_envs
+        env_reward, done = step.env_reward.tolist(), step.done.tolist()
+        terminated, truncated = step.terminated.tolist(), step.truncated.tolist()
+        info = {key: value.tolist() for key, value in step.info.items()}
+        first_frame = {int(env): row for row, env in enumerate(step.reset_ids)}
+        for i in range(self.num_envs):
+            episode = self._episodes[i]
+            episode["observations"].append(self._observation(step.next_obs[i], step.frames, i))
+            episode["actions"].append(self._action[i])
+            episode["rewards"].append(env_reward[i])
+            episode["terminated"].append(terminated[i])
+            episode["truncated"].append(truncated[i])
+            episode["infos"].append({key: value[i] for key, value in info.items()})
+            if done[i]:
+                self._finish(episode)
+                self._episodes[i] = self._begin(i, step.obs[i], step.reset_frames, first_frame[i])
+        return self._only_asked(step)
+
+    def step(self, action: torch.Tensor, render: Render | torch.Tensor = Render.NONE) -> Step:
+        self.step_async(action, render)
+        return self.step_wait()
+
+    def render(self, env_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        return self.envs.render(env_ids)
+
+    def close(self) -> None:
+        self.writer.close()
+        self.envs.close()
+
+    # -- parts ---------------------------------------------------------------------------------------
+
+    def _begin(self, env_idx: int, obs: torch.Tensor, frames: dict[str, torch.Tensor], row: int) -> dict:
+        return {
+            "rank": 0,
+            "env_idx": env_idx,
+            "observations": [self._observation(obs, frames, row)],
+            "actions": [],
+            "rewards": [0.0],
+            "terminated": [False],
+            "truncated": [False],
+            "infos": [{}],
+            "task": self.spec.task,
+            "task_description": self.spec.task_description,
+            "render": self.spec.render,
+        }
+
+    @staticmethod
+    def _observation(obs: torch.Tensor, frames: dict[str, torch.Tensor], row: int) -> dict:
+        observation = {view: images[row].cpu().numpy() for view, images in frames.items()}
+        if "extra_view_images" in observation:
+            observation["extra_view_images"] = observation["extra_view_images"][None]  # (V=1, H, W, 3)
+        return {**observation, "states": obs.cpu().numpy().copy()}
+
+    def _finish(self, episode: dict) -> None:
+        success = any(info.get("success", False) for info in episode["infos"])
+        if self.cfg.only_success and not (success and episode["terminated"][-1]):
+            return
+        self.num_episodes += 1
+        self.num_successes += success
+        self.writer.put({**episode, "success": success, "step": self.num_steps})
+
+    def _only_asked(self, step: Step) -> Step:
+        asked = (self._asked >= Render.ALWAYS) | ((self._asked == Render.IF_DONE) & step.done.cpu())
+        rows = asked.expand(self.num_envs).nonzero().squeeze(1)
+        step.frames = {view: images[rows] for view, images in step.frames.items()} if len(rows) else {}
+        step.frame_ids = rows
+        kept = [row for row, env in enumerate(step.reset_ids.tolist()) if asked_reset(self._asked, env)]
+        step.reset_frames = {view: images[kept] for view, images in step.reset_frames.items()} if kept else {}
+        step.reset_ids = step.reset_ids[kept]
+        return step
+
+
+def asked_reset(asked: torch.Tensor, env: int) -> bool:
+    """Whether the caller asked for the first frame of the episode that env has just begun."""
+    return bool((asked if asked.ndim == 0 else asked[env]) == Render.RECORD)
