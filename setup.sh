@@ -195,8 +195,9 @@ install_packages() {
     [[ ${#others[@]} -eq $# ]] || install_mesa
 }
 
+# Quiet: what apt and dpkg have to complain about comes on stderr.
 apt_get() {
-    DEBIAN_FRONTEND=noninteractive apt-get -qq -y -o DPkg::Lock::Timeout=300 -o Dpkg::Use-Pty=0 "$@" </dev/null
+    DEBIAN_FRONTEND=noninteractive apt-get -qq -y -o DPkg::Lock::Timeout=300 "$@" </dev/null >/dev/null
 }
 
 install_mesa() {

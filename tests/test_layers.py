@@ -1,0 +1,185 @@
+"""The direction of imports: `common/` is a table of levels, and a module imports only from lower ones.
+
+The table here is the one that counts, a new module gets its place here first. Modules are parsed, not
+imported, so the test costs nothing and needs no simulator.
+"""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+LEVELS = [
+    # 0 knows nothing of robots
+    ["runtime", "files", "config", "log", "timing", "checkpoint", "processes"],
+    # 1 data and pure functions
+    ["episodes", "trend", "history", "rewards", "metrics"],
+    # 2 things with weights
+    ["nets", "buffers", "ppo", "sac", "agents", "resnets", "resnet_reward", "qwen_reward"],
+    # 3 the world
+    ["scenes", "envs", "wrappers", "scripted", "devices", "arms", "franka"],
+    # 4 other processes, pictures
+    ["env_workers", "reward_client", "reward_link", "report"],
+]
+
+# What others of its own level may import all the same: module -> who.
+WITHIN_LEVEL = {
+    "runtime": {"files", "config", "log", "timing", "checkpoint", "processes"},
+    "files": {"config", "log", "timing", "checkpoint"},
+    "nets": {"ppo", "sac", "agents"},
+    "buffers": {"ppo", "sac"},
+    "ppo": {"agents"},
+    "sac": {"agents"},
+    "resnets": {"resnet_reward"},
+    "scenes": {"envs", "wrappers"},
+    "envs": {"wrappers"},
+}
+
+# Packages that are slow to import or that only some users have, and the modules about nothing else. Elsewhere
+# the function that needs one imports it, so that nobody else pays for it or misses it.
+LATE_IMPORTS = {
+    "mani_skill": {"scenes"},
+    "sapien": {"scenes"},
+    "transformers": {"qwen_reward"},
+    "peft": {"qwen_reward"},
+    "matplotlib": {"report"},
+    "sklearn": set(),
+    "tensorboard": set(),
+    "pyspacemouse": set(),
+    "prompt_toolkit": set(),
+    "zmq": set(),
+    "franky": set(),
+    "pyrealsense2": set(),
+}
+
+LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
+MODULES = sorted(path for path in (ROOT / "common").glob("*.py") if path.name != "__init__.py")
+SCRIPTS = sorted(ROOT.glob("*.py"))
+
+
+def imports(tree: ast.AST) -> list[str]:
+    """Dotted names that the statements under `tree` import: `from common import x` is `common.x`."""
+    names = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            module = "." * node.level + (node.module or "")
+            names += [f"common.{alias.name}" for alias in node.names] if module == "common" else [module]
+    return names
+
+
+def runs_at_import(source: str) -> ast.Module:
+    """The module without what runs later (functions) or never (`if TYPE_CHECKING`)."""
+
+    class Drop(ast.NodeTransformer):
+        def visit_FunctionDef(self, node):
+            return None
+
+        visit_AsyncFunctionDef = visit_FunctionDef
+
+        def visit_If(self, node):
+            return None if ast.unparse(node.test).endswith("TYPE_CHECKING") else self.generic_visit(node)
+
+    return Drop().visit(ast.parse(source))
+
+
+def faults_of_module(name: str, source: str) -> list[str]:
+    """What is wrong with the imports of `common/<name>.py`, inside functions too; empty if nothing is."""
+    if name not in LEVEL_OF:
+        return [f"common/{name}.py has no level: add it to LEVELS in tests/test_layers.py"]
+    faults = []
+    for imported in imports(ast.parse(source)):
+        if imported.startswith("."):
+            faults.append(f"relative import {imported!r}: write common.x")
+        if not imported.startswith("common."):
+            continue
+        other = imported.split(".")[1]
+        if other not in LEVEL_OF:
+            faults.append(f"{other} has no level")
+        elif LEVEL_OF[other] > LEVEL_OF[name]:
+            faults.append(f"{name} (level {LEVEL_OF[name]}) imports {other} (level {LEVEL_OF[other]})")
+        elif LEVEL_OF[other] == LEVEL_OF[name] and name not in WITHIN_LEVEL.get(other, ()):
+            faults.append(f"{name} imports {other} of its own level {LEVEL_OF[name]}")
+    for imported in imports(runs_at_import(source)):
+        package = imported.split(".")[0]
+        if package in LATE_IMPORTS and name not in LATE_IMPORTS[package]:
+            faults.append(
+                f"{name} imports {package} at module level: import it in the function that needs it"
+            )
+    return faults
+
+
+def faults_of_script(name: str, source: str, scripts: set[str]) -> list[str]:
+    """What is wrong with a script: its imports, and work at module level, which a spawned worker repeats."""
+    tree = ast.parse(source)
+    faults = [
+        f"{name} imports the script {imported}"
+        for imported in imports(tree)
+        if imported.split(".")[0] in scripts | {"benchmarks", "tests"}
+    ]
+    definitions = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign)
+    guard = "if __name__ == '__main__':\n    run_script(main)"
+    *body, last = tree.body
+    if not ast.get_docstring(tree):
+        faults.append(f"{name} does not open with what it does")
+    if ast.unparse(last) != guard:
+        faults.append(f"{name} does not end with: {guard}")
+    faults += [
+        f"{name}:{node.lineno} works at module level"
+        for node in body[1:]
+        if not isinstance(node, definitions) and not ast.unparse(node).startswith("if TYPE_CHECKING")
+    ]
+    return faults
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+def test_module_imports_only_from_levels_above(path: Path):
+    assert faults_of_module(path.stem, path.read_text()) == []
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+def test_script_stands_alone(path: Path):
+    assert faults_of_script(path.stem, path.read_text(), {other.stem for other in SCRIPTS}) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "fault"),
+    [
+        ("episodes", "from common.files import save_json", ""),
+        (
+            "episodes",
+            "from common.env_workers import EnvWorkers",
+            "episodes (level 1) imports env_workers (level 4)",
+        ),
+        ("episodes", "from common import env_workers", "episodes (level 1) imports env_workers (level 4)"),
+        ("episodes", "def read():\n    import common.envs", "episodes (level 1) imports envs (level 3)"),
+        ("sac", "from common.nets import Actor", ""),
+        ("nets", "from common.sac import SAC", "nets imports sac of its own level 2"),
+        ("files", "from common.log import RunLog", "files imports log of its own level 0"),
+        ("rewards", "from . import metrics", "relative import '.': write common.x"),
+        ("extras", "", "common/extras.py has no level: add it to LEVELS in tests/test_layers.py"),
+        ("env_workers", "def child():\n    import mani_skill.envs", ""),
+        ("episodes", "if TYPE_CHECKING:\n    import sapien", ""),
+        (
+            "env_workers",
+            "import mani_skill.envs",
+            "env_workers imports mani_skill at module level: import it in the function that needs it",
+        ),
+    ],
+)
+def test_what_counts_as_a_fault_of_a_module(name: str, source: str, fault: str):
+    assert faults_of_module(name, source) == ([fault] if fault else [])
+
+
+def test_what_counts_as_a_fault_of_a_script():
+    good = '"""Does."""\nimport torch\ndef main(): ...\nif __name__ == "__main__":\n    run_script(main)\n'
+    bad = '"""Does."""\nimport collect\ntorch.manual_seed(0)\nmain()\n'
+    assert faults_of_script("train", good, {"train", "collect"}) == []
+    assert faults_of_script("train", bad, {"train", "collect"}) == [
+        "train imports the script collect",
+        "train does not end with: if __name__ == '__main__':\n    run_script(main)",
+        "train:3 works at module level",
+    ]
