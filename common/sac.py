@@ -48,7 +48,7 @@ class SACConfig:
     entropy_in_target: bool = (
         True  # off: the critic values task reward alone (RLPD advises it for sparse rewards)
     )
-    target_clip: tuple[float, float] | None = None  # [lowest, highest] return possible, where it is known
+    target_clip: tuple[float, ...] | None = None  # [lowest, highest] return possible, where it is known
     bootstrap_type: Literal["standard", "always", "none"] = "standard"  # see common/rewards.py
     prior_data: str | None = None  # folder of episodes; each batch takes prior_fraction from them (RLPD)
     prior_fraction: float = 0.5
@@ -78,8 +78,9 @@ class SACConfig:
             raise ValueError(
                 f"critic_subset must lie in 1..num_critics ({self.num_critics}), got {self.critic_subset}"
             )
-        if self.target_clip is not None and not self.target_clip[0] < self.target_clip[1]:
-            raise ValueError(f"target_clip must be [low, high] with low < high, got {self.target_clip}")
+        clip = self.target_clip
+        if clip is not None and (len(clip) != 2 or clip[0] >= clip[1]):
+            raise ValueError(f"target_clip must be [low, high] with low < high, got {list(clip)}")
         if self.offline_updates and self.prior_data is None:
             raise ValueError(f"offline_updates is {self.offline_updates}, but prior_data names no folder")
 
