@@ -1,6 +1,4 @@
-"""Replay buffer for off-policy learning, and the mixing of two batches (RLPD, Ball et al. 2023,
-arXiv:2302.02948).
-"""
+"""Replay buffer for off-policy learning, and the mixing of two batches (RLPD, arXiv:2302.02948)."""
 
 import torch
 from torch import Tensor

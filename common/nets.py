@@ -1,12 +1,11 @@
-"""Networks of the policies: small MLPs over state vectors, Gaussian heads, and an ensemble of critics in one
-module.
+"""Networks of the agents: small MLPs over state vectors, Gaussian policies, all critics as one module.
 
 Nothing here draws random numbers while running: noise enters as an argument, so that an update is a pure
 function of its inputs (the same numbers in one process, in many, compiled or not).
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
@@ -192,9 +191,7 @@ class CriticEnsemble(nn.Module):
             yield (weight.detach(), bias.detach()) if frozen else (weight, bias)
 
     def forward(self, obs: Tensor, action: Tensor, frozen: bool = False) -> Tensor:
-        """obs (B, D), action (B, A) -> Q values (C, B). `frozen`: gradients reach the inputs, never the
-        weights.
-        """
+        """obs (B, D), action (B, A) -> Q (C, B). `frozen`: gradients reach the inputs, never the weights."""
         x = torch.cat([obs, action], dim=-1).expand(len(self.weights[0]), -1, -1)  # (C, B, in)
         *hidden, last = self.layers(frozen)
         for weight, bias in hidden:
@@ -207,7 +204,7 @@ class CriticEnsemble(nn.Module):
         return torch.baddbmm(bias, x, weight).squeeze(-1)
 
 
-def compiled(function, compile: bool, cudagraphs: bool):
+def compiled(function: Callable, compile: bool, cudagraphs: bool) -> Callable:
     """`function` as it is, or through torch.compile; `cudagraphs` replays it as CUDA graphs (GPU only).
 
     Kernel launches dominate updates of networks this small on a GPU (LeanRL measures 2-7x). Compile loss
