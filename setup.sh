@@ -51,9 +51,25 @@ boxes = torch.tensor([[0.0, 0.0, 2.0, 2.0], [0.0, 0.0, 2.0, 2.1]])
 assert torchvision.ops.nms(boxes, torch.tensor([0.9, 0.8]), 0.5).tolist() == [0]
 PY
     say "installing the other packages ..."
+    ! .venv/bin/python -c 'import sys; sys.exit(sys.version_info < (3, 13))' || install_maniskill_by_parts
     pip_install -e '.[dev]'
     printf '%s\n' "$key" >"$stamp"
     say "packages are installed in .venv ($(.venv/bin/python --version))"
+}
+
+# ManiSkill asks for mplib 0.1.1, which has no build for Python 3.13 (the one Python of Debian 13). Only its motion
+# planning examples import it, so there ManiSkill comes alone, followed by all else that it asks for.
+# https://github.com/mani-skill/ManiSkill/issues/1405
+install_maniskill_by_parts() {
+    local parts
+    say "Python 3.13: ManiSkill comes without its motion planner, mplib; pip will mention that, nothing here needs it"
+    pip_install --no-deps 'mani-skill>=3.0.1'
+    mapfile -t parts < <(.venv/bin/python - <<'PY'
+from importlib.metadata import requires
+print(*(part for part in requires("mani-skill") if "extra ==" not in part and "mplib" not in part), sep="\n")
+PY
+    )
+    pip_install "${parts[@]}"
 }
 
 pip_install() {
