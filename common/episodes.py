@@ -1,0 +1,515 @@
+"""Episodes on disk, and the image data sets made of them. This docstring is the formats' only description.
+
+**Episode**: a pickle of one dict, named `rank_{r}_env_{e}_episode_{id}_step_{global}_{success|fail}.pkl`
+(older files lack `step_{global}_`). T is the number of actions.
+
+- `rank`, `env_idx`, `episode_id`, `step`: int; `step` is the recorder's global step.
+- `success`: bool, of the whole episode (`success_once`).
+- `observations`: list of T+1 dicts, the first from the reset: `main_images` (H, W, 3) uint8 RGB,
+  `extra_view_images` (V, H, W, 3) or (H, W, 3) uint8 or None, `states` (D,) float32.
+- `actions`: list of T arrays (A,) float32.
+- `rewards`, `terminated`, `truncated`, `infos`: lists of T+1. The first entry is the reset's (0.0, False,
+  False, {}), so that all align with `observations`.
+- `task`, `task_description`: str, optional: env id, and the task in words.
+- `render`: dict or None, optional: what the cameras were. Only ever compared for equality.
+
+We write numpy arrays, `extra_view_images` as (1, H, W, 3), always T+1 entries. We also read what RLinf writes
+and has written: torch tensors, 0-d or 1-element values for scalars, lists without the reset entry (T each).
+
+**Frame label** (`frame_labels`): `infos[t]["success"]`; where that is missing,
+`infos[t]["episode"]["success_once"]`; where both are missing, and for the reset frame, fail.
+
+**Image data set**, `train.pt` or `val.pt`: `{"images": list of uint8 tensors (H, W, 3), "labels": list of int
+(1 success, 0 fail), "metadata": dict}`, for plain `torch.load(weights_only=True)`. All images view one
+storage.
+"""
+
+import hashlib
+import pickle
+import queue
+import re
+import sys
+import threading
+import zipfile
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from common.files import atomic_write, load_pickle, load_torch
+from common.runtime import UserError
+
+if TYPE_CHECKING:  # importing torch costs 0.5 GB and seconds, and most of this module never needs it
+    import torch
+
+VIEWS = ("main_images", "extra_view_images")
+
+# -----------------------------------------------------------------------------------------------------------
+# Reading
+
+
+@dataclass
+class Episode:
+    """One episode as arrays, whatever layout its file had."""
+
+    path: Path
+    states: np.ndarray | None  # (T+1, D) float32; None if the observations hold none
+    image_shapes: dict[str, tuple[int, int, int]]  # view -> (H, W, 3), all views that the file has
+    images: dict[str, np.ndarray]  # view -> (T+1, H, W, 3) uint8, the views asked for
+    actions: np.ndarray  # (T, A) float32
+    rewards: np.ndarray  # (T+1,) float32, [0] is the reset's 0
+    terminated: np.ndarray  # (T+1,) bool
+    truncated: np.ndarray  # (T+1,) bool
+    success: np.ndarray  # (T+1,) bool, each frame's own truth
+    infos: list[dict]  # T+1
+    success_once: bool  # the file's `success`
+    task: str | None
+    task_description: str | None
+    render: dict | None
+    layout: str  # "T+1", or "T": the file had no reset entries
+    env_idx: int
+    episode_id: int
+    step: int
+
+    @property
+    def length(self) -> int:
+        """T, the number of actions."""
+        return len(self.actions)
+
+
+def list_episodes(folder: str | Path) -> list[Path]:
+    """All `*.pkl` under `folder`, sorted. Raises UserError if there is no such folder or nothing in it."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"episode folder {folder} does not exist")
+    paths = sorted(folder.rglob("*.pkl"))
+    if not paths:
+        raise UserError(f"no episodes (*.pkl) in {folder}; collect some first")
+    return paths
+
+
+def read_episode(path: str | Path, views: tuple[str, ...] | None = ("main_images",)) -> Episode:
+    """The episode in `path` with the frames of `views` (None: of all it has).
+
+    Raises UserError naming the file and the reason if it cannot be read, breaks the format, or lacks a view.
+    """
+    path = Path(path)
+    record = _Record(path, load_pickle(path))
+    shapes = record.image_shapes()
+    images = {
+        view: record.frames(view, range(record.length + 1)) for view in (shapes if views is None else views)
+    }
+    states = [observation.get("states") for observation in record.observations]
+    return Episode(
+        path=path,
+        states=None if states[0] is None else record.stack("states", states, np.float32),
+        image_shapes=shapes,
+        images=images,
+        actions=record.stack("actions", record.data["actions"], np.float32),
+        rewards=record.scalars("rewards", 0.0, np.float32),
+        terminated=record.scalars("terminated", False, bool),
+        truncated=record.scalars("truncated", False, bool),
+        success=record.labels(),
+        infos=record.infos,
+        success_once=bool(record.scalar("success")),
+        task=record.data.get("task"),
+        task_description=record.data.get("task_description"),
+        render=record.data.get("render"),
+        layout=record.layout,
+        **{key: int(record.scalar(key)) for key in ("env_idx", "episode_id", "step")},
+    )
+
+
+def read_frames(path: str | Path, view: str, indices: Iterable[int]) -> np.ndarray:
+    """Frames `indices` (in 0..T) of one view: (len(indices), H, W, 3) uint8. Raises like `read_episode`."""
+    path = Path(path)
+    return _Record(path, load_pickle(path)).frames(view, indices)
+
+
+class _Record:
+    """An episode's dict, checked, with its lists brought to T+1 entries."""
+
+    def __init__(self, path: Path, data: Any):
+        self.path = path
+        if not isinstance(data, dict):
+            raise self.error(f"holds a {type(data).__name__} where an episode's dict is expected")
+        lists = ("observations", "actions", "rewards", "terminated", "truncated", "infos")
+        if missing := [key for key in ("success", *lists) if key not in data]:
+            raise self.error(f"lacks the key {', '.join(missing)}")
+        if wrong := [key for key in lists if not isinstance(data[key], list)]:
+            raise self.error(f"has {wrong[0]} as {type(data[wrong[0]]).__name__}, where a list is expected")
+        self.data = data
+        self.observations: list[dict] = data["observations"]
+        self.length = len(data["actions"])
+        sizes = {key: len(data[key]) for key in lists[2:]}
+        aligned = set(sizes.values()) in ({self.length}, {self.length + 1})
+        if not aligned or len(self.observations) != self.length + 1:
+            raise self.error(
+                f"has {self.length} actions, {len(self.observations)} observations and "
+                + ", ".join(f"{count} {key}" for key, count in sizes.items())
+                + "; expected T, T+1 and T+1 (or T) of each"
+            )
+        self.layout = "T" if len(data["rewards"]) == self.length else "T+1"
+        self.infos: list[dict] = [{}] * (self.layout == "T") + data["infos"]
+        for key, entries in (("observations", self.observations), ("infos", self.infos)):
+            if wrong := [type(entry).__name__ for entry in entries if not isinstance(entry, dict)]:
+                raise self.error(f"has a {wrong[0]} among its {key}, where dicts are expected")
+
+    def error(self, reason: str) -> UserError:
+        return UserError(f"{self.path} {reason}")
+
+    def stack(self, key: str, values: list, dtype: type) -> np.ndarray:
+        if not values:
+            return np.empty((0, 0), dtype)
+        try:
+            return np.stack([np.asarray(value) for value in values]).astype(dtype, copy=False)
+        except (ValueError, TypeError) as error:
+            raise self.error(f"has unusable {key}: {error}") from error
+
+    def scalars(self, key: str, reset: float | bool, dtype: type) -> np.ndarray:
+        values = [reset] * (self.layout == "T") + self.data[key]
+        try:
+            return np.array([_scalar(value) for value in values], dtype=dtype)
+        except (ValueError, TypeError) as error:
+            raise self.error(f"has unusable {key}: {error}") from error
+
+    def scalar(self, key: str) -> float | int | bool:
+        try:
+            return _scalar(self.data.get(key, 0))
+        except (ValueError, TypeError) as error:
+            raise self.error(f"has unusable {key}: {error}") from error
+
+    def labels(self) -> np.ndarray:
+        try:
+            return frame_labels(self.infos)
+        except (ValueError, TypeError) as error:
+            raise self.error(str(error)) from error
+
+    def image(self, index: int, view: str) -> np.ndarray | None:
+        """(H, W, 3) uint8, or None if the observation has no such view."""
+        image = self.observations[index].get(view)
+        if image is None:
+            return None
+        image = np.asarray(image)
+        if image.ndim == 4 and view == "extra_view_images" and len(image):
+            image = image[0]
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
+            raise self.error(
+                f"has {view} of {image.dtype} {image.shape} in observation {index}; need uint8 RGB (H, W, 3)"
+            )
+        return image
+
+    def image_shapes(self) -> dict[str, tuple[int, int, int]]:
+        shapes = {}
+        for view in VIEWS:
+            found = Counter(
+                None if (image := self.image(index, view)) is None else image.shape
+                for index in range(len(self.observations))
+            )
+            if len(found) > 1:
+                met = ", ".join(f"{count} x {shape or 'none'}" for shape, count in found.items())
+                raise self.error(f"has {view} that differ within the episode: {met}")
+            (shape,) = found
+            if shape is not None:
+                shapes[view] = shape
+        return shapes
+
+    def frames(self, view: str, indices: Iterable[int]) -> np.ndarray:
+        """(len(indices), H, W, 3) uint8."""
+        images = [self.image(index, view) for index in indices]
+        if any(image is None for image in images):
+            raise self.error(f"has no view {view}; it has {', '.join(self.image_shapes()) or 'no images'}")
+        return self.stack(view, images, np.uint8)
+
+
+def frame_labels(infos: list[dict], label: str = "success", required: bool = False) -> np.ndarray:
+    """Each frame's own label: (T+1,) bool, from T+1 step infos, by the rule in this module's docstring.
+
+    The second source (`episode.success_once`) serves the label `success` alone. Raises ValueError if a label
+    is not one value, or, where `required`, if no info after the reset's has one.
+    """
+    values = [info.get(label) for info in infos]
+    if label == "success":
+        values = [
+            (info.get("episode") or {}).get("success_once") if value is None else value
+            for info, value in zip(infos, values, strict=True)
+        ]
+    if required and all(value is None for value in values[1:]):
+        keys = sorted({str(key) for info in infos for key in info})
+        raise ValueError(f"has no '{label}' in its step infos, only {', '.join(keys) or 'empty ones'}")
+    labels = np.array([value is not None and bool(_scalar(value)) for value in values], dtype=bool)
+    labels[0] = False
+    return labels
+
+
+def _scalar(value: Any) -> float | int | bool:
+    """The Python number in a plain, numpy or torch value of one element. Raises ValueError if it has more."""
+    return value if isinstance(value, bool | int | float) else np.asarray(value).item()
+
+
+# -----------------------------------------------------------------------------------------------------------
+# Writing
+
+
+def episode_name(rank: int, env_idx: int, episode_id: int, step: int, success: bool) -> str:
+    """The reference's file name."""
+    outcome = "success" if success else "fail"
+    return f"rank_{rank}_env_{env_idx}_episode_{episode_id}_step_{step}_{outcome}.pkl"
+
+
+def write_episode(folder: str | Path, episode: dict) -> Path:
+    """Write the dict of one episode into `folder`, whole or not at all, and return the path.
+
+    The dict is in the format above but may hold torch tensors. Raises ValueError if it breaks the format and
+    TypeError for a value of another kind: what is written can be read.
+    """
+    episode = _to_numpy(episode)
+    path = Path(folder) / episode_name(
+        *(episode[key] for key in ("rank", "env_idx", "episode_id", "step", "success"))
+    )
+    try:
+        record = _Record(path, episode)
+        record.image_shapes()
+    except UserError as error:
+        raise ValueError(str(error)) from error
+    if record.layout != "T+1":
+        raise ValueError(f"{path} lacks the reset entries of rewards, terminated, truncated and infos")
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
+        pickle.dump(episode, file, protocol=4)  # the reference's
+    return path
+
+
+def _to_numpy(value: Any) -> Any:
+    """`value`, its torch tensors as numpy arrays. Raises TypeError for what `load_pickle` would refuse."""
+    if isinstance(value, dict):
+        return {key: _to_numpy(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_to_numpy(item) for item in value)
+    if isinstance(value, np.ndarray | np.generic | bool | int | float | str | None):
+        return value
+    torch = sys.modules.get("torch")  # where nobody imported it, nothing is a tensor
+    if torch and isinstance(value, torch.Tensor):
+        return value.detach().cpu().numpy()
+    raise TypeError(
+        f"an episode cannot hold a {type(value).__name__}; only arrays, numbers, strings, lists and dicts"
+    )
+
+
+class EpisodeWriter:
+    """Writes episodes from a thread of its own, so that the caller goes on stepping.
+
+    A context manager; leaving it, by Ctrl-C too, writes what is waiting. An error of the thread (a full disk)
+    is raised in the caller at its next `put` or `close`; episodes that were waiting then are lost.
+    """
+
+    def __init__(self, folder: str | Path, max_pending: int = 16):
+        """`max_pending`: episodes that may wait (memory); with more, `put` blocks."""
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.num_written = 0
+        self._next_id = _next_episode_ids(self.folder)
+        self._waiting: queue.Queue[dict | None] = queue.Queue(max_pending)
+        self._error: Exception | None = None
+        # daemon: a second Ctrl-C during `close` must end the program, and no file is ever half there
+        self._thread = threading.Thread(target=self._write_all, name="episode-writer", daemon=True)
+        self._thread.start()
+
+    def put(self, episode: dict) -> int:
+        """Hand over an episode's dict; it and its arrays must not be changed afterwards.
+
+        Sets `episode_id` to the next one free for this rank and env in the folder, and returns it.
+        """
+        if not self._thread.is_alive():
+            raise ValueError("this EpisodeWriter is closed")
+        self._raise_error()
+        key = (int(episode["rank"]), int(episode["env_idx"]))
+        episode_id = self._next_id[key]
+        self._next_id[key] += 1
+        self._waiting.put({**episode, "episode_id": episode_id})
+        return episode_id
+
+    def close(self) -> None:
+        """Write what is waiting, then stop. May be called again."""
+        if self._thread.is_alive():
+            self._waiting.put(None)
+            self._thread.join()
+        self._raise_error()
+
+    def __enter__(self) -> "EpisodeWriter":
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def _write_all(self) -> None:
+        while (episode := self._waiting.get()) is not None:
+            if self._error is not None:
+                continue  # keep emptying the queue, or the caller would wait for ever
+            try:
+                write_episode(self.folder, episode)
+                self.num_written += 1
+            except Exception as error:  # whatever it is, it belongs to the caller
+                self._error = error
+
+    def _raise_error(self) -> None:
+        if self._error is not None:
+            error, self._error = self._error, None
+            if isinstance(error, OSError):
+                raise UserError(f"cannot write episodes to {self.folder}: {error}") from error
+            raise error
+
+
+def _next_episode_ids(folder: Path) -> Counter:
+    """(rank, env_idx) -> the id after the largest in `folder`; 0 where there is none."""
+    next_id = Counter()
+    for path in folder.glob("*.pkl"):
+        if match := re.match(r"rank_(\d+)_env_(\d+)_episode_(\d+)_", path.name):
+            rank, env_idx, episode_id = map(int, match.groups())
+            next_id[rank, env_idx] = max(next_id[rank, env_idx], episode_id + 1)
+    return next_id
+
+
+# -----------------------------------------------------------------------------------------------------------
+# Image data sets
+
+
+class PayloadFile:
+    """A `train.pt` or `val.pt` written frame by frame, so that a data set need not fit into memory.
+
+    Such a file is an uncompressed zip archive in a layout that torch documents ("Serialized file format for
+    torch.save"): the numbers of a storage in `data/<key>`, the pickled structure around them in `data.pkl`.
+    The order of the entries is free, so the frames go first and what is known only in the end (labels, hash)
+    after them. Needs no torch. A context manager; the file is complete after `finish`.
+    """
+
+    def __init__(self, path: str | Path):
+        self._zip = zipfile.ZipFile(path, "w", zipfile.ZIP_STORED)
+        # zip64 always: a storage may exceed 2 GiB, and which it will is unknown here
+        self._storage = self._zip.open("payload/data/0", "w", force_zip64=True)
+        self._hash = hashlib.sha256()
+        self._image_shape: tuple[int, ...] | None = None
+        self._num_frames = 0
+
+    def add(self, frames: np.ndarray) -> None:
+        """Append (n, H, W, 3) uint8. Raises ValueError unless all frames have one size."""
+        if (
+            frames.dtype != np.uint8
+            or frames.ndim != 4
+            or frames.shape[1:] != (self._image_shape or frames.shape[1:])
+        ):
+            raise ValueError(
+                f"expected uint8 (n, H, W, 3) like {self._image_shape}, got {frames.dtype} {frames.shape}"
+            )
+        self._image_shape = frames.shape[1:]
+        self._num_frames += len(frames)
+        content = np.ascontiguousarray(frames).reshape(-1).data
+        self._storage.write(content)
+        self._hash.update(content)
+
+    def finish(self, labels: list[int], metadata: dict) -> str:
+        """Write the rest. Returns the SHA-256 of frames and labels, in the metadata as `data_hash`."""
+        if len(labels) != self._num_frames or not labels:
+            raise ValueError(f"got {len(labels)} labels for {self._num_frames} frames")
+        self._storage.close()
+        self._hash.update(bytes(labels))
+        data_hash = self._hash.hexdigest()
+        structure = _payload_pickle(labels, {**metadata, "data_hash": data_hash}, self._image_shape)
+        for name, content in (("data.pkl", structure), ("byteorder", b"little"), ("version", b"3\n")):
+            self._zip.writestr(f"payload/{name}", content)
+        self._zip.close()
+        return data_hash
+
+    def __enter__(self) -> "PayloadFile":
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._storage.close()
+        self._zip.close()
+
+
+def _payload_pickle(labels: list[int], metadata: dict, image_shape: tuple[int, ...]) -> bytes:
+    """The `data.pkl` that `torch.save` would write for images that are views of storage "0".
+
+    Spelled in opcodes, because `pickle` writes no name (`torch.ByteStorage`) without importing its module.
+    """
+
+    def part(value: Any) -> bytes:  # without the opcodes that open (PROTO 2) and close (STOP) a pickle
+        return pickle.dumps(value, protocol=2)[2:-1]
+
+    height, width, channels = image_shape
+    image_size = height * width * channels
+    storage = (
+        pickle.MARK + part("storage") + pickle.GLOBAL + b"torch\nByteStorage\n"
+        + part("0") + part("cpu") + part(len(labels) * image_size) + pickle.TUPLE + pickle.BINPERSID
+    )  # fmt: skip
+    before_offset = pickle.GLOBAL + b"torch._utils\n_rebuild_tensor_v2\n" + pickle.MARK + storage
+    after_offset = (
+        part(tuple(image_shape)) + part((width * channels, channels, 1)) + pickle.NEWFALSE  # no gradient
+        + pickle.GLOBAL + b"collections\nOrderedDict\n" + pickle.EMPTY_TUPLE + pickle.REDUCE  # no hooks
+        + pickle.TUPLE + pickle.REDUCE
+    )  # fmt: skip
+    images = b"".join(before_offset + part(index * image_size) + after_offset for index in range(len(labels)))
+    return (
+        pickle.PROTO + b"\x02" + pickle.EMPTY_DICT + pickle.MARK
+        + part("images") + pickle.EMPTY_LIST + pickle.MARK + images + pickle.APPENDS
+        + part("labels") + part(labels)
+        + part("metadata") + part(metadata)
+        + pickle.SETITEMS + pickle.STOP
+    )  # fmt: skip
+
+
+@dataclass
+class RewardDatasetPayload:
+    """The content of `train.pt` or `val.pt`."""
+
+    images: list["torch.Tensor"]  # (H, W, 3) uint8 each
+    labels: list[int]  # 1 success, 0 fail
+    metadata: dict[str, Any]
+
+    def save(self, path: str | Path) -> None:
+        """Write to `path`, whole or not at all. Raises ValueError without images or if their sizes differ."""
+        with atomic_write(path) as temporary, PayloadFile(temporary) as file:
+            for image in self.images:
+                file.add(image.numpy()[None])
+            file.finish(self.labels, self.metadata)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "RewardDatasetPayload":
+        """Read `path`, ours or RLinf's; images stay on the disk until touched. Raises UserError if broken."""
+        import torch
+
+        data = load_torch(path, mmap=True)
+        if not isinstance(data, dict) or not {"images", "labels", "metadata"} <= data.keys():
+            raise UserError(f"{path} is no reward data set: expected a dict of images, labels and metadata")
+        images, labels = data["images"], [int(label) for label in data["labels"]]
+        if len(images) != len(labels) or not images:
+            raise UserError(
+                f"{path} holds {len(images)} images and {len(labels)} labels; expected one label per image"
+            )
+        if wrong := set(labels) - {0, 1}:
+            raise UserError(f"{path} holds the label {min(wrong)}; expected 0 (fail) or 1 (success)")
+        for image in images:
+            if image.dtype != torch.uint8 or image.shape[2:] != (3,):
+                raise UserError(
+                    f"{path} holds an image {image.dtype} {tuple(image.shape)}; need uint8 (H, W, 3)"
+                )
+        return cls(images, labels, data["metadata"])
+
+
+class RewardBinaryDataset:
+    """(image (H, W, 3) uint8 tensor, label 0 or 1) per frame, for a `DataLoader`.
+
+    Not derived from torch's `Dataset`, which would add nothing to the two methods but the import of torch.
+    """
+
+    def __init__(self, payload: RewardDatasetPayload):
+        self.payload = payload
+
+    def __len__(self) -> int:
+        return len(self.payload.labels)
+
+    def __getitem__(self, index: int) -> tuple["torch.Tensor", int]:
+        return self.payload.images[index], self.payload.labels[index]
