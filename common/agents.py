@@ -1,11 +1,66 @@
-"""Build an agent from its settings, or from a checkpoint."""
+"""Build an agent from its settings, or from a checkpoint folder of rl_train.py."""
 
 from pathlib import Path
 
 import torch
 
 from common.checkpoint import load_checkpoint
-from common.config import from_dict
+from common.config import from_dict, to_dict
+from common.envs import EnvSpec
 from common.nets import ActorModelConfig, OptimConfig
 from common.ppo import PPO, PPOConfig
+from common.runtime import UserError
 from common.sac import SAC, SACConfig
+
+AlgorithmConfig = PPOConfig | SACConfig
+
+
+def build_agent(
+    algorithm: AlgorithmConfig,
+    model: ActorModelConfig,
+    optim: OptimConfig,
+    spec: EnvSpec,
+    device: torch.device,
+) -> PPO | SAC:
+    agent = PPO if algorithm.name == "ppo" else SAC
+    return agent(spec.obs_dim, spec.action_dim, algorithm, model, optim, device)
+
+
+def agent_meta(
+    algorithm: AlgorithmConfig, model: ActorModelConfig, optim: OptimConfig, spec: EnvSpec
+) -> dict:
+    """What a checkpoint must say so that `load_agent` can rebuild its agent."""
+    return {
+        "task": spec.task,
+        "obs_dim": spec.obs_dim,
+        "action_dim": spec.action_dim,
+        "algorithm": to_dict(algorithm),
+        "model": to_dict(model),
+        "optim": to_dict(optim),
+    }
+
+
+def check_agent(meta: dict, spec: EnvSpec, folder: Path) -> None:
+    """UserError where a checkpoint belongs to another task."""
+    theirs = (meta["task"], meta["obs_dim"], meta["action_dim"])
+    ours = (spec.task, spec.obs_dim, spec.action_dim)
+    if theirs != ours:
+        raise UserError(
+            f"{folder} was trained on (task, state size, action size) {theirs}; the env here is {ours}"
+        )
+
+
+def load_agent(folder: Path, spec: EnvSpec, device: torch.device) -> PPO | SAC:
+    """The agent of a checkpoint, for acting. UserError if it belongs to another task."""
+    state, meta = load_checkpoint(folder, device)
+    check_agent(meta, spec, folder)
+    algorithm_type = {"ppo": PPOConfig, "sac": SACConfig}[meta["algorithm"]["name"]]
+    agent = build_agent(
+        from_dict(algorithm_type, meta["algorithm"], str(folder)),
+        from_dict(ActorModelConfig, meta["model"], str(folder)),
+        from_dict(OptimConfig, meta["optim"], str(folder)),
+        spec,
+        device,
+    )
+    agent.load_state_dict(state["agent"])
+    return agent

@@ -70,6 +70,12 @@ class Step:
         """(N,) bool: the simulator's verdict on next_obs, the truth."""
         return self.info["success"]
 
+    @property
+    def arrays(self) -> dict[str, torch.Tensor]:
+        """What a rollout keeps of a step, by name."""
+        names = ("next_obs", "env_reward", "terminated", "truncated", "success")
+        return {name: getattr(self, name) for name in names}
+
 
 def episode_seed(seed: int, env_idx: int, episode: int) -> int:
     """The simulator seed of one episode: the same whichever process runs it and whatever ran before."""
@@ -82,7 +88,7 @@ def episode_seed(seed: int, env_idx: int, episode: int) -> int:
 
 
 class ManiSkillEnvs:
-    """One ManiSkill simulation: `num_envs` envs on a GPU, or exactly one on the CPU, number `first_env` of many.
+    """One ManiSkill simulation: `num_envs` envs on a GPU, or one on the CPU, number `first_env` of many.
 
     Tensors stay on the device of the simulation. UserError where the task is unknown or wants a download.
     """

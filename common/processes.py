@@ -1,7 +1,7 @@
 """A child process that cannot be lost: spawned, joined, its errors raised in the parent.
 
-Spawned because CUDA and Vulkan do not survive a fork. The child ignores Ctrl-C (its parent asks it to stop), ends
-when its parent does, and sends its traceback up before it dies.
+Spawned because CUDA and Vulkan do not survive a fork. The child ignores Ctrl-C (its parent asks it to stop),
+ends when its parent does, and sends its traceback up before it dies.
 """
 
 import signal
@@ -19,14 +19,14 @@ class WorkerError(RuntimeError):
 
 
 class Child:
-    """A spawned process running `target(connection, *args)`, with both ends of a pipe looked after."""
+    """A spawned process running `target(connection, *args)`; `daemon=False` where it has children itself."""
 
-    def __init__(self, name: str, target: Callable, args: tuple = ()):
+    def __init__(self, name: str, target: Callable, args: tuple = (), daemon: bool = True):
         context = mp.get_context("spawn")
         self.name = name
         self.connection, theirs = context.Pipe()
         self.process = context.Process(
-            target=_run_child, args=(target, theirs, *args), name=name, daemon=True
+            target=_run_child, args=(target, theirs, *args), name=name, daemon=daemon
         )
         self.process.start()
         theirs.close()

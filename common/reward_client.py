@@ -4,8 +4,8 @@
     client.flush()                       # send what is still short of a chunk
     for verdicts in client.receive():    # finished ones; wait=True: all that was submitted
 
-Frames are scored in chunks of `infer_micro_batch_size`, inline or in a worker process alike, so both give the same
-numbers. The reward model is behind one method, `score(frames) -> success_prob`; `REWARD_MODELS` says who has it.
+Frames are scored in chunks of `infer_micro_batch_size`, inline or in a worker process alike, so both give the
+same numbers. All that is asked of a reward model is one method, `score(frames) -> success_prob`.
 """
 
 import time
@@ -105,7 +105,7 @@ class RewardClient:
         return Verdicts.judge(*joined, self.threshold)
 
     def check_render(self, render: dict) -> None:
-        """Refuse frames made otherwise than those the model was trained on. UserError names each difference."""
+        """Refuse frames made otherwise than those the model was trained on: UserError names each difference."""
         trained = self.meta.get("render")
         if trained is None:
             return
@@ -190,7 +190,7 @@ class RewardWorker(RewardClient):
         for view, frame in frames.items():
             if frame.shape[1:] != self.ring[view].shape[2:]:
                 raise UserError(
-                    f"{view} changed its size from {tuple(self.ring[view].shape[2:])} to {tuple(frame.shape[1:])}"
+                    f"{view} changed its size: {tuple(self.ring[view].shape[2:])} to {tuple(frame.shape[1:])}"
                 )
             self.ring[view][self._next_chunk, : len(keys)] = frame.cpu()
         self.child.send((self._next_chunk, len(keys)))

@@ -1,11 +1,11 @@
-"""From a reward model's probability to the number the learner is told. Pure functions; one place for each rule.
+"""From a reward model's probability to the number the learner is told: pure functions, one for each rule.
 
     success      = success_prob >= reward_threshold             (the only such comparison in the project)
     model_reward = success_prob where success, else 0
     reward       = env_reward_weight * env_reward + reward_weight * model_reward
 
-`per_step` scores the true next observation of every step, `terminal` only the last one of an episode, and its reward
-lands on that step alone. Semantics follow RLinf's env worker.
+`per_step` scores the true next observation of every step, `terminal` only the last one of an episode, and its
+reward lands on that step alone. Semantics follow RLinf's env worker.
 """
 
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ class Verdicts:
 def combine_reward(
     env_reward: Tensor, model_reward: Tensor, env_reward_weight: float, reward_weight: float
 ) -> Tensor:
-    """What the learner is told, any shape, float32. A weight of 0 removes its part whatever it holds (also inf, nan)."""
+    """What the learner is told, float32 of any shape. A weight of 0 removes its part, whatever that holds."""
     reward = torch.zeros_like(env_reward)
     if env_reward_weight != 0:
         reward = reward + env_reward_weight * env_reward
@@ -47,8 +47,8 @@ def combine_reward(
 def no_bootstrap(terminated: Tensor, truncated: Tensor, bootstrap_type: BootstrapType) -> Tensor:
     """Bool, where the value of the next state must not count.
 
-    `standard`: at a true end only, a time limit is bootstrapped through. `always`: nowhere. `none`: at both, for tasks
-    whose reward is paid on the last step of a fixed horizon, where life after the limit would be paid twice.
+    `standard`: at a true end only, a time limit is bootstrapped through. `always`: nowhere. `none`: at both,
+    for a reward paid on the last step of a fixed horizon, where life after the limit would be paid twice.
     """
     if bootstrap_type == "standard":
         return terminated
@@ -65,10 +65,10 @@ def add_bootstrap(
     gamma: float,
     bootstrap_type: BootstrapType,
 ) -> Tensor:
-    """PPO's form of the same rule: gamma * V(last observation) joins the reward of the step that ended an episode.
+    """PPO's form of the same rule: gamma * V(last observation) joins the reward of an episode's last step.
 
-    All (T, N); final_value is V(next_obs) before the auto-reset and is read only where an episode ended. The GAE that
-    follows must cut at terminated | truncated.
+    All (T, N); final_value is V(next_obs), of the state before the auto-reset, read only where an episode
+    ended. The GAE that follows must cut at terminated | truncated.
     """
     ended = terminated | truncated
     bootstrapped = ended & ~no_bootstrap(terminated, truncated, bootstrap_type)
@@ -98,15 +98,15 @@ class Audit:
         self.scored += len(truth)
         self.reward_sum += float(verdicts.model_reward.sum())
 
-    def metrics(self) -> dict[str, float]:
+    def metrics(self, group: str = "reward") -> dict[str, float]:
         """Rates since the last call; precision and recall only where something was there to be found."""
         out = {}
         if self.steps and self.scored:
-            out["reward/false_positives_per_1000_steps"] = 1000 * self.false_positives / self.steps
-            out["reward/model_reward_mean"] = self.reward_sum / self.scored
+            out[f"{group}/false_positives_per_1000_steps"] = 1000 * self.false_positives / self.steps
+            out[f"{group}/model_reward_mean"] = self.reward_sum / self.scored
         if self.true_positives + self.false_positives:
-            out["reward/precision"] = self.true_positives / (self.true_positives + self.false_positives)
+            out[f"{group}/precision"] = self.true_positives / (self.true_positives + self.false_positives)
         if self.positives:
-            out["reward/recall"] = self.true_positives / self.positives
+            out[f"{group}/recall"] = self.true_positives / self.positives
         self._start()
         return out

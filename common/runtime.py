@@ -1,8 +1,10 @@
 """What every script does around its work: errors for the user, Ctrl-C, device, threads, seeds."""
 
+import platform
 import random
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 
 import numpy as np
 import torch
@@ -44,3 +46,9 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002  libraries below us read numpy's global generator
     torch.manual_seed(seed)
+
+
+def versions() -> dict[str, str]:
+    """Of Python and the packages that numbers depend on, for summaries."""
+    packages = ("torch", "torchvision", "numpy", "gymnasium", "mani_skill", "sapien")
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}

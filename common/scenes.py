@@ -64,7 +64,7 @@ class CamerasConfig:
 @dataclass
 class DataCollectionConfig:
     enabled: bool = False
-    save_dir: str = "${runner.logger.log_path}/collected_data"
+    save_dir: str | None = None  # null: collected_data in the run folder
     export_format: Literal["pickle"] = "pickle"
     only_success: bool = False  # keep only episodes that succeeded and terminated
 
@@ -227,7 +227,7 @@ def _drop_visual(entity, sapien) -> None:
 
 
 def _draw_hulls(entity, shapes, sapien) -> None:
-    """Replace the entity's visual by its collision shapes; one without any that can be drawn keeps its own."""
+    """Replace the entity's visual by its collision shapes; where none can be drawn, keep it."""
     material = sapien.render.RenderMaterial()
     material.base_color = [0.85, 0.85, 0.85, 1.0]
     drawn = []

@@ -10,15 +10,15 @@ from common.scenes import DataCollectionConfig
 class EpisodeRecorder:
     """Hands every finished episode to an `EpisodeWriter`, in RLinf's format (see `common.episodes`).
 
-    Records the frames of all views at every step; passes on those alone that its caller asked for. An episode cut
-    short by `reset` or `close` is dropped: it has no last frame and no outcome.
+    Records the frames of all views at every step and passes on those alone that its caller asked for. An
+    episode cut short by `reset` is dropped: it has no last frame and no outcome.
     """
 
     def __init__(self, envs, cfg: DataCollectionConfig, writer: EpisodeWriter):
         self.envs, self.cfg, self.writer = envs, cfg, writer
         self.spec: EnvSpec = envs.spec
         self.num_envs, self.device = envs.num_envs, envs.device
-        self.num_episodes = self.num_successes = self.num_steps = 0
+        self.num_episodes = self.num_successes = self.num_steps = self.num_frames = 0
 
     def reset(self, seed: int) -> torch.Tensor:
         """-> obs (N, D) float32."""
@@ -59,10 +59,6 @@ class EpisodeRecorder:
     def render(self, env_ids: torch.Tensor) -> dict[str, torch.Tensor]:
         return self.envs.render(env_ids)
 
-    def close(self) -> None:
-        self.writer.close()
-        self.envs.close()
-
     # -- parts ---------------------------------------------------------------------------------------
 
     def _begin(self, env_idx: int, obs: torch.Tensor, frames: dict[str, torch.Tensor], row: int) -> dict:
@@ -93,6 +89,7 @@ class EpisodeRecorder:
             return
         self.num_episodes += 1
         self.num_successes += success
+        self.num_frames += len(episode["observations"]) * len(self.spec.frame_shape)
         self.writer.put({**episode, "success": success, "step": self.num_steps})
 
     def _only_asked(self, step: Step) -> Step:

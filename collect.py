@@ -1,0 +1,236 @@
+"""Collect episodes: drive an env with a mix of policies and write every episode as one pickle file.
+
+    python collect.py configs/demo_collect.yaml [key=value ...]
+
+In: a task (`env.eval`), a weighted mix of policies (`policies`), a stop rule (`runner`).
+Out: `<log_path>/collected_data/*.pkl` (format: common/episodes.py), `config.yaml`, `summary.json`.
+A second start with the same `log_path` goes on where the first one stopped.
+"""
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from common.log import LoggerConfig
+from tqdm import tqdm
+
+from common import config
+from common.agents import load_agent
+from common.env_workers import EnvPool
+from common.envs import EnvSpec
+from common.episodes import EpisodeWriter, read_episode
+from common.files import new_run_dir, save_json
+from common.runtime import UserError, run_script, seed_everything, set_threads
+from common.scenes import EnvConfig
+from common.scripted import ScriptedExpert
+from common.wrappers import EpisodeRecorder
+
+NOISE_MEMORY = 0.7  # share of the action noise that stays from one step to the next (Ornstein-Uhlenbeck)
+
+# ----------------------------------------------------------------------------------------------------
+# Settings
+# ----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class PolicyConfig:
+    """What all policies share. Ranges are drawn from anew for each episode."""
+
+    weight: float = 1.0  # share of the episodes, relative to the other policies
+    noise: tuple[float, float] = (0.0, 0.0)  # sd of the noise on actions in [-1, 1]
+    stop_after: tuple[float, float] = (1.0, 1.0)  # fraction of the episode; then only the noise acts
+
+
+@dataclass
+class RandomPolicy(PolicyConfig):
+    name: Literal["random"] = "random"
+    noise: tuple[float, float] = (0.3, 1.0)
+
+
+@dataclass
+class ScriptedPolicy(PolicyConfig):
+    name: Literal["scripted"] = "scripted"
+    goal_offset_m: tuple[float, float] = (0.0, 0.0)  # aims so far beside the goal, in a random direction
+
+
+@dataclass
+class CheckpointPolicy(PolicyConfig):
+    name: Literal["checkpoint"] = "checkpoint"
+    path: str = ""  # a checkpoint folder of rl_train.py
+    deterministic: bool = False
+
+    def __post_init__(self):
+        if not self.path:
+            raise ValueError("a checkpoint policy needs the path of a checkpoint folder of rl_train.py")
+
+
+@dataclass
+class RunnerConfig:
+    logger: LoggerConfig = field(default_factory=lambda: LoggerConfig(experiment_name="collect"))
+    seed: int = 0
+    num_episodes: int | None = 200  # stop here; null: by the two numbers below
+    num_successes: int | None = None  # stop once so many episodes succeeded ...
+    num_failures: int | None = None  # ... and so many failed
+
+    def __post_init__(self):
+        if self.num_episodes is None and self.num_successes is None and self.num_failures is None:
+            raise ValueError("say when to stop: num_episodes, or num_successes and num_failures")
+
+
+@dataclass
+class EnvSection:
+    eval: EnvConfig = field(default_factory=EnvConfig)
+
+
+@dataclass
+class Config:
+    runner: RunnerConfig = field(default_factory=RunnerConfig)
+    env: EnvSection = field(default_factory=EnvSection)
+    policies: list[RandomPolicy | ScriptedPolicy | CheckpointPolicy] = field(
+        default_factory=lambda: [RandomPolicy()]
+    )
+
+
+# ----------------------------------------------------------------------------------------------------
+# The mix
+# ----------------------------------------------------------------------------------------------------
+
+
+class Mix:
+    """Gives each env a policy, drawn by weight, for one episode at a time."""
+
+    def __init__(self, policies: list[PolicyConfig], spec: EnvSpec, env: EnvConfig, seed: int):
+        self.policies, self.num_steps = policies, env.max_episode_steps
+        self.weights = torch.tensor([policy.weight for policy in policies])
+        self.rng = torch.Generator().manual_seed(seed)
+        n, self.action_dim = env.num_envs, spec.action_dim
+        self.choice = torch.zeros(n, dtype=torch.long)  # which policy has the env now
+        self.sd, self.stop_step, self.clock = torch.zeros(n), torch.zeros(n), torch.zeros(n)
+        self.offset, self.noise = torch.zeros(n, 3), torch.zeros(n, self.action_dim)
+        self.actors = [self._actor(policy, spec, env) for policy in policies]
+
+    def _actor(self, policy, spec: EnvSpec, env: EnvConfig):
+        if policy.name == "random":
+            return lambda obs: torch.zeros(len(obs), self.action_dim)  # the noise is all it does
+        if policy.name == "scripted":
+            expert = ScriptedExpert(env.task, env.control_mode, spec.obs_layout)
+            return lambda obs: expert.act(obs, self.offset)
+        agent = load_agent(Path(policy.path), spec, torch.device("cpu"))
+        return lambda obs: agent.act(obs, deterministic=policy.deterministic).clamp(-1, 1)
+
+    def _uniform(self, low_high: tuple[float, float]) -> float:
+        low, high = low_high
+        return low + (high - low) * float(torch.rand((), generator=self.rng))
+
+    def begin(self, env_ids: torch.Tensor) -> None:
+        """A new episode starts in these envs."""
+        for i in env_ids.tolist():
+            self.choice[i] = torch.multinomial(self.weights, 1, generator=self.rng)
+            policy = self.policies[self.choice[i]]
+            self.sd[i], self.clock[i] = self._uniform(policy.noise), 0
+            self.stop_step[i] = self._uniform(policy.stop_after) * self.num_steps
+            direction = torch.randn(3, generator=self.rng)
+            radius = self._uniform(policy.goal_offset_m) if policy.name == "scripted" else 0.0
+            self.offset[i] = radius * direction / direction.norm()
+            self.noise[i] = self.sd[i] * torch.randn(self.action_dim, generator=self.rng)
+
+    def act(self, obs: torch.Tensor) -> torch.Tensor:
+        """obs (N, D) -> action (N, A) in [-1, 1]."""
+        action = torch.stack([actor(obs) for actor in self.actors])[self.choice, torch.arange(len(obs))]
+        action[self.clock >= self.stop_step] = 0.0
+        fresh = torch.randn(self.noise.shape, generator=self.rng) * self.sd[:, None]
+        self.noise = NOISE_MEMORY * self.noise + (1 - NOISE_MEMORY**2) ** 0.5 * fresh
+        self.clock += 1
+        return (action + self.noise).clamp(-1, 1)
+
+
+# ----------------------------------------------------------------------------------------------------
+# The loop
+# ----------------------------------------------------------------------------------------------------
+
+
+def enough(cfg: RunnerConfig, episodes: int, successes: int) -> bool:
+    """The stop rule: N episodes, or N successes and M failures."""
+    if cfg.num_episodes is not None and episodes >= cfg.num_episodes:
+        return True
+    quotas, have = [cfg.num_successes, cfg.num_failures], [successes, episodes - successes]
+    return quotas != [None, None] and all(q is None or h >= q for q, h in zip(quotas, have, strict=True))
+
+
+def episodes_present(folder: Path, render: dict) -> tuple[int, int]:
+    """-> episodes, successes of an earlier start. UserError if it saw another task or other cameras."""
+    paths = sorted(folder.glob("*.pkl"))
+    if paths and read_episode(paths[0], views=()).render != render:
+        raise UserError(f"{folder} holds episodes of another task or other cameras; choose another log_path")
+    return len(paths), sum(path.stem.endswith("_success") for path in paths)
+
+
+def collect(cfg: Config, folder: Path) -> dict:
+    """Fill `folder` up to the stop rule. -> the numbers of this start, for the table and summary.json."""
+    env, runner = cfg.env.eval, cfg.runner
+    by_policy = [{"policy": p.name, "episodes": 0, "success_once": 0} for p in cfg.policies]
+    with EnvPool(env.num_workers, env.num_envs) as pool:
+        envs = pool.make(env)
+        before, successes_before = episodes_present(folder, envs.spec.render)
+        if before:
+            print(f"{folder} holds {before} episodes ({successes_before} successes); going on from there")
+        seed = runner.seed + before  # what is appended must not repeat what is there
+        mix = Mix(cfg.policies, envs.spec, env, seed)
+        with (
+            EpisodeWriter(folder) as writer,
+            tqdm(total=runner.num_episodes, initial=before, unit="ep") as bar,
+        ):
+            recorder = EpisodeRecorder(envs, env.data_collection, writer)
+            start = time.perf_counter()
+            obs = recorder.reset(seed)
+            mix.begin(torch.arange(env.num_envs))
+            success_once = torch.zeros(env.num_envs, dtype=torch.bool)
+            while not enough(runner, bar.n, successes_before + recorder.num_successes):
+                step = recorder.step(mix.act(obs.cpu()).to(recorder.device))
+                obs = step.obs
+                success_once |= step.success.cpu()
+                ended = step.done.cpu().nonzero().squeeze(1)
+                for i in ended.tolist():
+                    by_policy[mix.choice[i]]["episodes"] += 1
+                    by_policy[mix.choice[i]]["success_once"] += int(success_once[i])
+                mix.begin(ended)
+                success_once[ended] = False
+                bar.update(before + recorder.num_episodes - bar.n)
+        seconds = time.perf_counter() - start
+    return {
+        "num_episodes": before + recorder.num_episodes,
+        "num_successes": successes_before + recorder.num_successes,
+        "num_frames": recorder.num_frames,
+        "env_steps": recorder.num_steps,
+        "seconds": round(seconds, 1),
+        "env_steps_per_s": round(recorder.num_steps / seconds, 1),
+        "by_policy": by_policy,
+    }
+
+
+def print_table(summary: dict, folder: Path) -> None:
+    print(f"\n{'policy':<12}{'episodes':>10}{'succeeded once':>16}")
+    for row in summary["by_policy"]:
+        print(f"{row['policy']:<12}{row['episodes']:>10}{row['success_once']:>16}")
+    print(
+        f"\n{folder}: {summary['num_episodes']} episodes, {summary['num_successes']} successes; "
+        f"this start wrote {summary['num_frames']} frames in {summary['seconds']} s, {summary['env_steps_per_s']} env steps/s"
+    )
+
+
+def main() -> None:
+    cfg = config.load(Config, description=__doc__)
+    set_threads(1)
+    seed_everything(cfg.runner.seed)
+    run_dir = new_run_dir(cfg.runner.logger.log_path, cfg.runner.logger.experiment_name, may_append=True)
+    folder = Path(cfg.env.eval.data_collection.save_dir or run_dir / "collected_data")
+    config.save(cfg, run_dir / "config.yaml")
+    summary = collect(cfg, folder)
+    save_json(summary, run_dir / "summary.json")
+    print_table(summary, folder)
+
+
+if __name__ == "__main__":
+    run_script(main)

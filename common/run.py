@@ -1,0 +1,131 @@
+"""The bookkeeping of one RL run: its clock, logs, evaluations, checkpoints and last report."""
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from common.agents import check_agent
+from common.buffers import ReplayBuffer
+from common.checkpoint import load_checkpoint, rng_state, save_checkpoint, set_rng_state
+from common.evaluation import Evaluation, evaluate, record_traces
+from common.log import LoggerConfig, RunLog
+from common.report import plot_learning_curves, plot_scores, save_video
+
+# Evaluation during training, the final one and the video never see the episodes of training or of each other.
+EVAL_SEED, FINAL_SEED, VIDEO_SEED = 1_000_000, 2_000_000, 3_000_000
+
+
+@dataclass
+class RunnerConfig:
+    logger: LoggerConfig = field(default_factory=lambda: LoggerConfig(experiment_name="rl"))
+    seed: int = 0
+    device: str = "auto"
+    num_threads: int = 1  # of torch in the learner
+    max_steps: int = 1_000_000  # env steps, all envs together
+    log_interval: int = 500  # env steps
+    val_check_interval: int = 0  # env steps between evaluations; 0: only at the end
+    num_eval_episodes: int = 20  # per evaluation during training
+    save_interval: int = 0  # env steps between checkpoints; 0: only at the end
+    num_final_episodes: int = 100  # fresh ones, for the best checkpoint
+    num_video_episodes: int = 6
+    only_eval: bool = False  # evaluate the checkpoint in resume_dir, train nothing
+    resume_dir: str | None = None  # a checkpoint folder
+    async_rollout: bool = False  # SAC: envs in a process of their own, the learner never waits for them
+
+    def __post_init__(self):
+        if self.only_eval and self.resume_dir is None:
+            raise ValueError("only_eval needs resume_dir: a checkpoint folder to evaluate")
+
+
+class Run:
+    """The parts of one run, its clock, and what happens every so many env steps."""
+
+    def __init__(
+        self, runner: RunnerConfig, folder: Path, agent, agent_meta: dict, envs, client, log: RunLog
+    ):
+        """envs: those for evaluation; agent_meta: what a checkpoint says of the agent (`common.agents`)."""
+        self.runner, self.folder, self.agent, self.agent_meta = runner, folder, agent, agent_meta
+        self.eval_envs, self.client, self.log = envs, client, log
+        self.step = 0  # env steps, all envs together
+        self.merit: tuple[float, float] | None = None
+        self.best_step: int | None = None
+        self.buffer: ReplayBuffer | None = None  # SAC's; saved with `last`
+        self.start = self.logged_at = time.perf_counter()
+        self.logged_step = 0
+
+    @property
+    def running(self) -> bool:
+        return self.step < self.runner.max_steps
+
+    def advance(self, env_steps: int, losses: dict, rollout_metrics) -> None:
+        """Count env steps; log, evaluate and save when due. rollout_metrics: called when logged."""
+        before, self.step = self.step, self.step + env_steps
+        runner = self.runner
+
+        def due(every: int) -> bool:
+            return every > 0 and (before // every != self.step // every or not self.running)
+
+        if due(runner.log_interval):
+            now = time.perf_counter()
+            speed = (self.step - self.logged_step) / (now - self.logged_at)
+            self.logged_at, self.logged_step = now, self.step
+            share = self.client.seconds / (now - self.start) if self.client is not None else 0.0
+            numbers = {f"train/{name}": float(value) for name, value in losses.items()}
+            clock = {"time/env_steps_per_s": speed, "reward/share_of_time": share}
+            self.log.log(self.step, {**numbers, **rollout_metrics(), **clock})
+        if due(runner.val_check_interval):
+            self.evaluate()
+        if due(runner.save_interval):
+            self.save("last")
+
+    def evaluate(self) -> Evaluation:
+        """Measure the policy; keep it as `best` if the reward model likes it as well as any before."""
+        result = self.judge(self.runner.num_eval_episodes, EVAL_SEED)
+        self.log.log(self.step, result.metrics)
+        if self.merit is None or result.merit >= self.merit:
+            self.merit, self.best_step = result.merit, self.step
+            self.save("best")
+        return result
+
+    def save(self, name: str) -> None:
+        """`best` holds the agent; `last` all that is needed to go on."""
+        state = {"agent": self.agent.state_dict()}
+        if name == "last":
+            state |= {"rng": rng_state(), "buffer": self.buffer.state_dict() if self.buffer else None}
+        meta = {**self.agent_meta, "step": self.step, "best_step": self.best_step, "merit": self.merit}
+        save_checkpoint(self.folder / "checkpoints" / name, state, meta)
+
+    def resume(self, folder: Path) -> None:
+        """Go on from a checkpoint of an earlier run. UserError if it belongs to another task."""
+        state, meta = load_checkpoint(folder, self.agent.device)
+        check_agent(meta, self.eval_envs.spec, folder)
+        self.agent.load_state_dict(state["agent"])
+        self.step = self.logged_step = meta["step"]
+        if self.buffer is not None and state.get("buffer") is not None:
+            self.buffer.load_state_dict(state["buffer"])
+        if "rng" in state:
+            set_rng_state(state["rng"])
+
+    def judge(self, num_episodes: int, seed: int) -> Evaluation:
+        return evaluate(self.eval_envs, self.agent, self.client, num_episodes, seed + self.runner.seed)
+
+    def load_best(self) -> None:
+        state, _ = load_checkpoint(self.folder / "checkpoints" / "best", self.agent.device)
+        self.agent.load_state_dict(state["agent"])
+
+    def report(self, fps: int) -> dict:
+        """The present agent on fresh episodes: numbers, pictures, a video. -> the core of summary.json."""
+        runner = self.runner
+        metrics = self.judge(runner.num_final_episodes, FINAL_SEED).metrics
+        final = {name.removeprefix("eval/"): value for name, value in metrics.items()}
+        self.log.log(self.step, {f"final/{name}": value for name, value in final.items()})
+        if runner.num_video_episodes:
+            traces = record_traces(
+                self.eval_envs, self.agent, self.client, runner.num_video_episodes, VIDEO_SEED + runner.seed
+            )
+            threshold = self.client.threshold if self.client is not None else 1.0
+            save_video(traces, threshold, self.folder / "eval.mp4", fps)
+            plot_scores(traces, threshold, self.folder / "scores.png")
+        if not runner.only_eval:
+            plot_learning_curves(self.folder / "metrics.jsonl", self.folder / "curves.png")
+        return {**final, "env_steps": self.step, "best_step": self.best_step}

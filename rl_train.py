@@ -1,0 +1,276 @@
+"""Reinforcement learning on env reward, a learned reward, or both: PPO or SAC, with true success beside it.
+
+    python rl_train.py configs/demo_rl.yaml [key=value ...]
+
+In: a task (`env.train`, `env.eval`), a learner (`algorithm`, `actor`), who pays (`reward`), when to stop
+(`runner`). Out, in the run folder: `config.yaml`, `metrics.jsonl` (and TensorBoard), `checkpoints/best`,
+`checkpoints/last`, `summary.json`, `curves.png`, `scores.png`, `eval.mp4`.
+
+The best checkpoint is chosen by *learned* success; true success is measured, logged and never used. Ctrl-C
+saves `checkpoints/last`; `runner.resume_dir=RUN_FOLDER/checkpoints/last` goes on from there in a new folder.
+"""
+
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from common.log import RunLog
+from tqdm import trange
+
+from common import config
+from common.agents import agent_meta, build_agent
+from common.async_rollout import AsyncRollout, RolloutConfig
+from common.env_workers import EnvPool
+from common.episodes import EpisodeWriter
+from common.experience import EpisodeStats, Replay, Rollout, prior_buffer
+from common.files import new_run_dir, save_json
+from common.nets import ActorModelConfig, OptimConfig
+from common.ppo import PPO, PPOConfig
+from common.reward_client import RewardClient, RewardConfig, make_reward_client
+from common.rewards import Audit, add_bootstrap, combine_reward
+from common.run import Run, RunnerConfig
+from common.runtime import UserError, pick_device, run_script, seed_everything, set_threads, versions
+from common.sac import SAC, SACConfig
+from common.scenes import VIEWS, EnvConfig
+from common.wrappers import EpisodeRecorder
+
+PUBLISH_EVERY = 10  # updates between two handings of fresh weights to an asynchronous rollout
+
+# ----------------------------------------------------------------------------------------------------
+# Settings (`runner`: common/run.py, `reward`: common/reward_client.py, `algorithm`: common/ppo.py, sac.py)
+# ----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class EnvSection:
+    train: EnvConfig = field(default_factory=EnvConfig)
+    eval: EnvConfig = field(default_factory=EnvConfig)
+
+
+@dataclass
+class ActorSection:
+    model: ActorModelConfig = field(default_factory=ActorModelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+
+
+@dataclass
+class Config:
+    runner: RunnerConfig = field(default_factory=RunnerConfig)
+    env: EnvSection = field(default_factory=EnvSection)
+    algorithm: PPOConfig | SACConfig = field(default_factory=PPOConfig)
+    actor: ActorSection = field(default_factory=ActorSection)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+
+    def __post_init__(self):
+        if self.runner.async_rollout and self.algorithm.name != "sac":
+            raise ValueError(
+                "runner.async_rollout is for SAC; PPO learns from its own policy's rollout alone"
+            )
+
+
+# ----------------------------------------------------------------------------------------------------
+# PPO
+# ----------------------------------------------------------------------------------------------------
+
+
+def train_ppo(cfg: Config, run: Run, agent: PPO, envs, client: RewardClient | None) -> None:
+    algorithm, n = cfg.algorithm, envs.num_envs
+    audit, stats = Audit(), EpisodeStats(n)
+    obs = envs.reset(cfg.runner.seed)
+    while run.running:
+        steps = []
+        for t in range(algorithm.num_steps):
+            action, logprob, value = agent.act_with_value(obs)
+            step = envs.step(action.clamp(-1, 1).to(envs.device), cfg.reward.render)
+            if client is not None:
+                client.submit(step.frames, t * n + step.frame_ids.cpu())
+            stats.add(step)
+            steps.append({"obs": obs, "action": action, "logprob": logprob, "value": value, **step.arrays})
+            obs = step.obs
+        rollout = {
+            key: torch.stack([s[key] for s in steps]).to(agent.device) for key in steps[0]
+        }  # (T, N, ..)
+
+        # The verdicts have been coming in while the envs moved; only now are they needed.
+        model_reward = torch.zeros_like(rollout["env_reward"])
+        for verdicts in client.receive(wait=True) if client is not None else []:
+            model_reward.view(-1)[verdicts.keys] = verdicts.model_reward.to(agent.device)
+            audit.count(verdicts, rollout["success"].view(-1)[verdicts.keys])
+        reward = combine_reward(
+            rollout["env_reward"], model_reward, cfg.reward.env_reward_weight, cfg.reward.reward_weight
+        )
+        done = rollout["terminated"] | rollout["truncated"]
+        final_value = torch.zeros_like(reward)
+        if done.any():
+            final_value[done] = agent.value(rollout["next_obs"][done])
+        reward = add_bootstrap(
+            reward,
+            final_value,
+            rollout["terminated"],
+            rollout["truncated"],
+            algorithm.gamma,
+            algorithm.bootstrap_type,
+        )
+        last_value = agent.value(obs.to(agent.device))
+        losses = agent.update(
+            {**rollout, "reward": reward, "done": done, "last_value": last_value},
+            progress=run.step / cfg.runner.max_steps,
+        )
+        audit.step(algorithm.num_steps * n)
+        run.advance(algorithm.num_steps * n, losses, lambda: {**stats.metrics(), **audit.metrics()})
+
+
+# ----------------------------------------------------------------------------------------------------
+# SAC
+# ----------------------------------------------------------------------------------------------------
+
+
+def start_sac(cfg: Config, run: Run, agent: SAC, client: RewardClient | None) -> Replay:
+    """The replay buffer, prior data relabelled by the reward model (RLPD), and the updates on it alone."""
+    prior = None
+    if cfg.algorithm.prior_data is not None:
+        prior, audit = prior_buffer(
+            cfg.algorithm.prior_data, client, cfg.reward, cfg.algorithm.bootstrap_type, agent.device
+        )
+        run.log.log(run.step, audit.metrics("prior"))
+    if cfg.actor.model.norm_obs:
+        if prior is None:
+            raise UserError(
+                "actor.model.norm_obs takes mean and std from algorithm.prior_data: name a folder"
+            )
+        agent.set_obs_stats(prior.field("obs").mean(0), prior.field("obs").std(0))
+    replay = Replay(cfg.algorithm, run.eval_envs.spec, prior, agent.device)
+    run.buffer = replay.online
+    if cfg.runner.resume_dir is not None:
+        run.resume(Path(cfg.runner.resume_dir))
+        return replay
+    for _ in trange(cfg.algorithm.offline_updates, desc="updates on prior data", leave=False):
+        agent.update(replay.sample(agent.generator))
+    return replay
+
+
+def train_sac(cfg: Config, run: Run, agent: SAC, envs, client: RewardClient | None) -> None:
+    algorithm = cfg.algorithm
+    replay = start_sac(cfg, run, agent, client)
+    rollout = Rollout(envs, client, cfg.reward, algorithm.bootstrap_type)
+    rollout.reset(cfg.runner.seed + run.step)
+    updates_owed, losses = 0.0, {}
+    while run.running:
+        action = agent.act(rollout.obs)
+        if run.step < algorithm.learning_starts:
+            action = torch.rand_like(action) * 2 - 1
+        rollout.start(action)
+        if run.step >= algorithm.learning_starts and replay.ready:
+            updates_owed += algorithm.utd * envs.num_envs
+        while updates_owed >= 1:  # the envs move meanwhile
+            losses = agent.update(replay.sample(agent.generator))
+            updates_owed -= 1
+        for transitions in rollout.finish():
+            replay.online.add(**transitions)
+        run.advance(envs.num_envs, losses, rollout.metrics)
+
+
+def train_sac_async(cfg: Config, run: Run, agent: SAC, client: RewardClient | None) -> None:
+    """Envs, policy and reward model in a process of their own; the learner takes what has come."""
+    replay = start_sac(cfg, run, agent, client)
+    rollout_cfg = RolloutConfig(
+        env=cfg.env.train,
+        reward=cfg.reward,
+        algorithm=cfg.algorithm,
+        model=cfg.actor.model,
+        optim=cfg.actor.optim,
+        seed=cfg.runner.seed + run.step,
+        random_steps=max(0, cfg.algorithm.learning_starts - run.step),
+    )
+    updates, losses, metrics = 0, {}, {}
+    with AsyncRollout(rollout_cfg, agent.actor_state()) as rollout:
+        while run.running:
+            batches, env_steps, fresh_metrics = rollout.receive()
+            metrics.update(fresh_metrics)
+            for transitions in batches:
+                replay.online.add(**transitions)
+            if run.step >= cfg.algorithm.learning_starts and replay.ready:
+                losses = agent.update(replay.sample(agent.generator))
+                updates += 1
+                if updates % PUBLISH_EVERY == 0:
+                    rollout.publish(agent.actor_state())
+            elif not batches:
+                time.sleep(0.002)
+            if env_steps:
+                run.advance(env_steps, {**losses, "updates": updates}, metrics.copy)
+
+
+# ----------------------------------------------------------------------------------------------------
+# One run
+# ----------------------------------------------------------------------------------------------------
+
+
+def open_envs(cfg: EnvConfig, views: tuple[str, ...], folder: Path, pool: EnvPool, stack: ExitStack):
+    """Envs that render `views`, recorded in both views where `data_collection` says so."""
+    data = cfg.data_collection
+    if not data.enabled:
+        return pool.make(cfg, views)
+    writer = stack.enter_context(EpisodeWriter(data.save_dir or folder / "collected_data"))
+    return EpisodeRecorder(pool.make(cfg, VIEWS), data, writer)
+
+
+def learn(cfg: Config, run: Run, agent: PPO | SAC, client: RewardClient | None, make_train_envs) -> None:
+    """Train, keep `best` and `last`, and leave the best agent in `agent`."""
+    try:
+        if cfg.runner.async_rollout:
+            train_sac_async(cfg, run, agent, client)
+        elif cfg.algorithm.name == "sac":
+            train_sac(cfg, run, agent, make_train_envs(), client)
+        else:
+            if cfg.runner.resume_dir is not None:
+                run.resume(Path(cfg.runner.resume_dir))
+            train_ppo(cfg, run, agent, make_train_envs(), client)
+    except KeyboardInterrupt:
+        run.save("last")
+        print(f"\nstopped at step {run.step}; go on with runner.resume_dir={run.folder}/checkpoints/last")
+        raise
+    if run.merit is None:
+        run.evaluate()
+    run.save("last")
+    run.load_best()
+
+
+def main() -> None:
+    cfg = config.load(Config, description=__doc__)
+    start = time.perf_counter()
+    set_threads(cfg.runner.num_threads)
+    seed_everything(cfg.runner.seed)
+    if cfg.env.train.data_collection.enabled and cfg.env.eval.data_collection.enabled:
+        raise UserError("data_collection is on for env.train and for env.eval; record one of them")
+    folder = new_run_dir(cfg.runner.logger.log_path, cfg.runner.logger.experiment_name)
+    config.save(cfg, folder / "config.yaml")
+    with ExitStack() as stack:
+        pool = stack.enter_context(EnvPool(cfg.env.train.num_workers, cfg.env.train.num_envs))
+        client = stack.enter_context(make_reward_client(cfg.reward)) if cfg.reward.use_reward_model else None
+        eval_envs = open_envs(cfg.env.eval, VIEWS, folder, pool, stack)
+        if client is not None:
+            client.check_render(eval_envs.spec.render)
+        parts = (cfg.algorithm, cfg.actor.model, cfg.actor.optim, eval_envs.spec)
+        agent = build_agent(*parts, pick_device(cfg.runner.device))
+        log = stack.enter_context(RunLog(folder, cfg.runner.logger.logger_backends))
+        run = Run(cfg.runner, folder, agent, agent_meta(*parts), eval_envs, client, log)
+
+        if cfg.runner.only_eval:
+            run.resume(Path(cfg.runner.resume_dir))
+        else:
+            views = client.views if client is not None else ()
+            learn(cfg, run, agent, client, lambda: open_envs(cfg.env.train, views, folder, pool, stack))
+        trained = time.perf_counter()
+        summary = run.report(fps=cfg.env.eval.control_freq or 20)
+    seconds = {"training": round(trained - start, 1), "evaluation": round(time.perf_counter() - trained, 1)}
+    save_json({**summary, "seconds": seconds, "versions": versions()}, folder / "summary.json")
+    print(
+        f"{folder}: true success {summary['true_success_once']:.2f} once, "
+        f"{summary['true_success_at_end']:.2f} at the end, of {summary['num_episodes']} fresh episodes"
+    )
+
+
+if __name__ == "__main__":
+    run_script(main)
