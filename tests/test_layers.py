@@ -13,7 +13,18 @@ ROOT = Path(__file__).resolve().parents[1]
 
 LEVELS = [
     # 0 knows nothing of robots
-    ["runtime", "files", "config", "log", "timing", "checkpoint", "processes"],
+    [
+        "runtime",
+        "unpickle",
+        "files",
+        "yaml_tree",
+        "declarations",
+        "config",
+        "log",
+        "timing",
+        "checkpoint",
+        "processes",
+    ],
     # 1 data and pure functions
     ["episodes", "trend", "history", "rewards", "metrics"],
     # 2 things with weights
@@ -26,7 +37,10 @@ LEVELS = [
 
 # What others of its own level may import all the same: module -> who.
 WITHIN_LEVEL = {
-    "runtime": {"files", "config", "log", "timing", "checkpoint", "processes"},
+    "runtime": {"files", "yaml_tree", "config", "log", "timing", "checkpoint", "processes"},
+    "unpickle": {"files"},
+    "yaml_tree": {"config"},
+    "declarations": {"config"},
     "files": {"config", "log", "timing", "checkpoint"},
     "nets": {"ppo", "sac", "agents"},
     "buffers": {"ppo", "sac"},
