@@ -1,0 +1,419 @@
+"""Pictures of a run: videos with the verdict under each frame, learning curves, scores beside the truth.
+
+Colours are Okabe and Ito's, which colour-blind readers tell apart too ("Color Universal Design", 2008): blue
+is success and orange is failure everywhere, and no meaning hangs on a colour alone. Pictures take the format
+of their suffix (.png, .pdf, .svg).
+"""
+
+import contextlib
+import itertools
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from common.files import atomic_write
+from common.rewards import Verdicts
+from common.runtime import UserError
+
+# matplotlib and ffmpeg are imported where they draw: a spawned worker, which imports its script again, never
+# does.
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#777777"
+PALE_BLUE = "#D3E7F5"
+ON_DARK = {True: "#56B4E9", False: "#E69F00", None: "#8A8A8A"}  # verdict or truth -> colour; None: not scored
+
+STYLE = {
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#E6E6E6",
+    "grid.linewidth": 0.6,
+    "lines.linewidth": 1.6,
+    "lines.markersize": 3.5,
+    "legend.edgecolor": "none",
+    "legend.fontsize": 8,
+    "pdf.fonttype": 42,  # fonts that a publisher accepts, not matplotlib's default type 3
+}
+DPI = 180
+
+
+@dataclass
+class Trace:
+    """One evaluation episode. Entry t is about the observation after t steps, entry 0 about the reset's."""
+
+    frames: np.ndarray  # (T, H, W, 3) uint8 RGB
+    success_prob: np.ndarray  # (T,) float32 in [0, 1], nan where the reward model was not asked
+    truth: np.ndarray  # (T,) bool
+    title: str
+
+    def __post_init__(self):
+        if self.frames.dtype != np.uint8 or self.frames.ndim != 4 or self.frames.shape[3] != 3:
+            raise ValueError(
+                f"frames must be (T, H, W, 3) uint8, got {self.frames.shape} {self.frames.dtype}"
+            )
+        length = (len(self.frames),)
+        if length == (0,) or self.success_prob.shape != length or self.truth.shape != length:
+            raise ValueError(
+                f"frames, success_prob and truth must share T >= 1, got {len(self.frames)}, "
+                f"{self.success_prob.shape}, {self.truth.shape}"
+            )
+        if self.truth.dtype != bool:
+            raise ValueError(f"truth must be bool, got {self.truth.dtype}")
+
+    @property
+    def steps(self) -> np.ndarray:
+        """(T,) int, from 0."""
+        return np.arange(len(self.frames))
+
+    @property
+    def scored(self) -> np.ndarray:
+        """(T,) bool."""
+        return ~np.isnan(self.success_prob)
+
+    def verdict(self, threshold: float) -> np.ndarray:
+        """(T,) bool; False where not scored."""
+        prob = torch.from_numpy(self.success_prob)
+        return Verdicts.judge(torch.from_numpy(self.steps), prob, threshold).success.numpy()
+
+
+# ----------------------------------------------------------------------------------------------------
+# Video
+
+MIN_WIDTH = 384  # pixels; smaller frames are enlarged by a whole number, so that pixels stay squares
+STRIP_HEIGHT = 84
+
+
+def save_video(traces: list[Trace], threshold: float, path: Path, fps: int) -> None:
+    """Write an mp4 (H.264) of the episodes one after the other, the last frame of each held for 0.5 s.
+
+    Under each frame: the episode and step, success_prob as a bar with a tick at the threshold, the verdict
+    and the truth. ValueError if the frames of the traces are not of one size.
+    """
+    from imageio_ffmpeg import write_frames  # imageio itself goes by the suffix, which a temporary file lacks
+
+    sizes = {trace.frames.shape[1:3] for trace in traces}
+    if len(sizes) != 1:
+        raise ValueError(f"a video needs frames of one size, got {sorted(sizes)}")
+    pictures = video_pictures(traces, threshold, num_held=round(0.5 * fps))
+    first = next(pictures)
+    with atomic_write(path) as temporary:
+        writer = write_frames(
+            str(temporary),
+            size=(first.shape[1], first.shape[0]),
+            fps=fps,
+            macro_block_size=2,
+            # faststart: a browser plays it while it loads
+            output_params=["-f", "mp4", "-movflags", "+faststart", "-preset", "veryfast"],
+        )
+        with contextlib.closing(writer):
+            writer.send(None)  # starts ffmpeg
+            for picture in itertools.chain([first], pictures):
+                writer.send(picture)
+
+
+def video_pictures(traces: list[Trace], threshold: float, num_held: int) -> Iterator[np.ndarray]:
+    """Yield (H', W', 3) uint8, C order, sides even as H.264 wants them; `num_held` more of each last one."""
+    width = traces[0].frames.shape[2]
+    scale = math.ceil(MIN_WIDTH / width)
+    strip = _Strip(width * scale, threshold)
+    for number, trace in enumerate(traces, start=1):
+        name = f"{number}/{len(traces)}  {trace.title}"
+        verdict = trace.verdict(threshold)
+        for t, frame in enumerate(trace.frames):
+            large = frame.repeat(scale, axis=0).repeat(scale, axis=1)
+            below = strip.draw(
+                name if len(name) <= 34 else name[:33] + "…",
+                f"step {t}/{len(trace.frames) - 1}",
+                float(trace.success_prob[t]),
+                bool(verdict[t]),
+                bool(trace.truth[t]),
+            )
+            picture = np.concatenate([large, below])
+            picture = np.ascontiguousarray(picture[: len(picture) // 2 * 2, : width * scale // 2 * 2])
+            yield picture
+        for _ in range(num_held):
+            yield picture
+
+
+class _Strip:
+    """The strip under a frame: one figure, whose parts are moved and drawn again in a few milliseconds."""
+
+    def __init__(self, width: int, threshold: float):
+        """width in pixels; the drawing's coordinates are pixels from the top left."""
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+        from matplotlib.patches import Rectangle
+
+        self.threshold = threshold
+        figure = Figure(figsize=(width / 100, STRIP_HEIGHT / 100), dpi=100, facecolor="#1E1E1E")
+        self.canvas = FigureCanvasAgg(figure)
+        axes = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(STRIP_HEIGHT, 0))
+        axes.set_axis_off()
+
+        def text(x: float, y: float, align: str):
+            return axes.text(x, y, "", color="white", fontsize=9.5, ha=align, va="center")
+
+        def square(x: float):
+            return axes.add_patch(Rectangle((x, 62), 12, 12, linewidth=2))
+
+        self.name, self.step = text(10, 15, "left"), text(width - 10, 15, "right")
+        bar_left, self.bar_width = 10, width - 165
+        axes.add_patch(Rectangle((bar_left, 31), self.bar_width, 16, color="#4A4A4A", linewidth=0))
+        self.bar = axes.add_patch(Rectangle((bar_left, 31), 0, 16, linewidth=0))
+        axes.vlines(bar_left + threshold * self.bar_width, 27, 51, color="white", linewidth=1.5)
+        self.comparison = text(width - 10, 39, "right")
+        self.verdict_square, self.verdict_text = square(12), text(32, 68, "left")
+        self.truth_square, self.truth_text = square(150), text(170, 68, "left")
+        self.error = text(width - 10, 68, "right")
+        self.error.set_weight("bold")
+
+    def draw(self, name: str, step: str, success_prob: float, verdict: bool, truth: bool) -> np.ndarray:
+        """(STRIP_HEIGHT, width, 3) uint8. A square is filled for success and hollow for failure."""
+        scored = not math.isnan(success_prob)
+        self.name.set_text(name)
+        self.step.set_text(step)
+        self.bar.set_width(success_prob * self.bar_width if scored else 0)
+        self.bar.set_color(ON_DARK[verdict])
+        sign = "≥" if verdict else "<"
+        self.comparison.set_text(
+            f"score {success_prob:.3f} {sign} {self.threshold:.3f}" if scored else "not scored"
+        )
+        for square, text, who, says in (
+            (self.verdict_square, self.verdict_text, "model", verdict if scored else None),
+            (self.truth_square, self.truth_text, "truth", truth),
+        ):
+            square.set_edgecolor(ON_DARK[says])
+            square.set_facecolor(ON_DARK[says] if says else "none")
+            text.set_text(f"{who}: {({True: 'success', False: 'failure', None: '-'})[says]}")
+        wrong = scored and verdict != truth
+        self.error.set_text(("false positive" if verdict else "missed") if wrong else "")
+        self.canvas.draw()
+        return np.asarray(self.canvas.buffer_rgba())[..., :3].copy()
+
+
+# ----------------------------------------------------------------------------------------------------
+# Learning curves
+
+STEP_TICKS = {"nbins": 7, "steps": [1, 2, 2.5, 5, 10]}
+SUCCESS_CURVES = [  # tag, label, style
+    ("eval/true_success_once", "true, at least once", {"color": BLUE, "marker": "o"}),
+    ("eval/true_success_at_end", "true, at the end", {"color": "#56B4E9", "marker": "^", "linestyle": "--"}),
+    ("eval/learned_success", "by the reward model", {"color": ORANGE, "marker": "s", "linestyle": ":"}),
+]
+GAP_CURVES = [("eval/hack_gap", "learned - true", {"color": ORANGE, "marker": "s"})]
+FALSE_POSITIVE_CURVES = [
+    ("reward/false_positives_per_1000_steps", "in training", {"color": "#999999", "linewidth": 1}),
+    ("eval/false_positives_per_1000_steps", "in evaluation", {"color": ORANGE, "marker": "s"}),
+]
+
+
+def plot_learning_curves(metrics_jsonl: Path, path: Path) -> None:
+    """Draw a run's `metrics.jsonl`: how well it does, and how far its learned reward can be trusted."""
+    _save(learning_figure(read_metrics(metrics_jsonl)), path)
+
+
+def read_metrics(metrics_jsonl: Path) -> list[dict]:
+    """The lines of a `metrics.jsonl`, step rising. UserError if the file is missing or has no readable line.
+
+    A line that a crash cut short is left out. A resumed run repeats the steps since its checkpoint: the later
+    lines count, and what was logged of those steps before is dropped.
+    """
+    try:
+        lines = Path(metrics_jsonl).read_text(encoding="utf-8", errors="replace").splitlines()
+    except FileNotFoundError as error:
+        raise UserError(f"{metrics_jsonl}: no such file; a run writes it from its first log line") from error
+    rows: list[dict] = []
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        while rows and rows[-1]["step"] > row["step"]:
+            rows.pop()
+        rows.append(row)
+    if not rows:
+        raise UserError(f"{metrics_jsonl} has no readable line; did the run stop before its first log line?")
+    return rows
+
+
+def curve(rows: list[dict], tag: str) -> tuple[np.ndarray, np.ndarray]:
+    """(steps, values) of the lines that have a number for `tag`; the log writes nan as null."""
+    points = [(row["step"], row[tag]) for row in rows if row.get(tag) is not None]
+    steps, values = np.array(points, dtype=float).reshape(-1, 2).T
+    return steps, values
+
+
+def learning_figure(rows: list[dict]) -> "Figure":
+    """Left the success rates over env steps, with wall seconds on top; right hack gap and false positives.
+
+    A panel whose tags are all missing says so.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter, MaxNLocator
+
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(9, 3.6), layout="constrained")
+        grid = figure.add_gridspec(2, 2, width_ratios=[1.25, 1])
+        success = figure.add_subplot(grid[:, 0])
+        gap = figure.add_subplot(grid[0, 1], sharex=success)
+        false_positives = figure.add_subplot(grid[1, 1], sharex=success)
+
+        _draw_curves(success, rows, SUCCESS_CURVES)
+        _draw_curves(gap, rows, GAP_CURVES)
+        _draw_curves(false_positives, rows, FALSE_POSITIVE_CURVES)
+        success.set(xlabel="env steps", ylabel="success rate of an evaluation", ylim=(-0.03, 1.03))
+        success.set_xlim(0, 1.03 * max(rows[-1]["step"], 1))
+        success.xaxis.set_major_locator(MaxNLocator(**STEP_TICKS))
+        success.xaxis.set_major_formatter(EngFormatter(sep=""))  # 20k, 5M
+        gap.axhline(0, color=GREY, linewidth=0.8)
+        gap.set_ylabel("hack gap\n(percentage points)")
+        gap.tick_params(labelbottom=False)
+        false_positives.set(xlabel="env steps", ylabel="false positives\nper 1,000 steps")
+        false_positives.set_ylim(bottom=0)
+        _add_wall_seconds(success, rows)
+    return figure
+
+
+def _draw_curves(axes: "Axes", rows: list[dict], curves: list[tuple[str, str, dict]]) -> None:
+    for tag, label, style in curves:
+        steps, values = curve(rows, tag)
+        if len(steps):
+            axes.plot(steps, values, label=label, **style)
+    if not axes.lines:
+        axes.text(0.5, 0.5, "not logged", color=GREY, ha="center", va="center", transform=axes.transAxes)
+    elif len(curves) > 1:
+        axes.legend(loc="best")
+
+
+def _add_wall_seconds(axes: "Axes", rows: list[dict]) -> None:
+    """A second x axis on top that says how long the run took to each labelled step."""
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    steps, wall_s = curve(rows, "time/wall_s")
+    if not len(steps):
+        return
+    # the clock of a resumed run may start anew; its time counts on from where the first one stood
+    worked_s = np.diff(wall_s, prepend=0).clip(min=0).cumsum()
+
+    def label(step: float, _position: int) -> str:
+        return f"{np.interp(step, steps, worked_s):,.0f}" if steps[0] <= step <= steps[-1] else ""
+
+    top = axes.secondary_xaxis("top")
+    top.xaxis.set_major_locator(MaxNLocator(**STEP_TICKS))
+    top.xaxis.set_major_formatter(FuncFormatter(label))
+    top.set_xlabel("wall time (s)")
+
+
+# ----------------------------------------------------------------------------------------------------
+# Scores beside the truth
+
+MAX_EPISODES, NUM_COLUMNS = 8, 4  # panels; the histogram counts all episodes
+
+
+def plot_scores(traces: list[Trace], threshold: float, path: Path) -> None:
+    """Draw the scores of the first 8 episodes beside the truth, and a histogram of all scores."""
+    _save(score_figure(traces, threshold), path)
+
+
+def score_figure(traces: list[Trace], threshold: float) -> "Figure":
+    """A panel per episode (first and last frame, score, threshold, truth as shade), then the histogram."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    if not traces:
+        raise ValueError("no episode to draw")
+    shown = traces[:MAX_EPISODES]
+    num_rows = math.ceil(len(shown) / NUM_COLUMNS)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(9, 2.8 * num_rows + 2.3), layout="constrained")
+        top, bottom = figure.subfigures(2, 1, height_ratios=[2.8 * num_rows, 2.3])
+        grid = top.add_gridspec(2 * num_rows, 2 * NUM_COLUMNS, height_ratios=[1.25, 1.2] * num_rows)
+        for number, trace in enumerate(shown):
+            row, column = divmod(number, NUM_COLUMNS)
+            for place, t in enumerate((0, len(trace.frames) - 1)):
+                _draw_thumbnail(top.add_subplot(grid[2 * row, 2 * column + place]), trace.frames[t], t)
+            axes = top.add_subplot(grid[2 * row + 1, 2 * column : 2 * column + 2])
+            _draw_scores(axes, trace, threshold)
+            axes.set_ylabel("success probability" if column == 0 else "")
+            axes.tick_params(labelleft=column == 0)
+        top.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=4)
+        _draw_histogram(bottom.add_subplot(), traces, threshold)
+    return figure
+
+
+def _draw_thumbnail(axes: "Axes", frame: np.ndarray, step: int) -> None:
+    axes.imshow(frame)
+    axes.set_axis_off()
+    axes.set_title(f"step {step}", fontsize=8, color=GREY, pad=2)
+
+
+def _draw_scores(axes: "Axes", trace: Trace, threshold: float) -> None:
+    edges = np.arange(len(trace.frames) + 1) - 0.5
+    # stairs, since fill_between draws nothing where a single step is true
+    heights = np.where(trace.truth, 1.05, -0.05)
+    axes.stairs(heights, edges, baseline=-0.05, fill=True, color=PALE_BLUE, label="truth: success")
+    axes.axhline(threshold, color=GREY, linestyle="--", linewidth=1, label=f"threshold {threshold:.3g}")
+    axes.plot(trace.steps, trace.success_prob, color="black", marker="o", markersize=2, label="model's score")
+    wrong = trace.scored & (trace.verdict(threshold) != trace.truth)
+    axes.plot(
+        trace.steps[wrong], trace.success_prob[wrong], "X", color=ORANGE, markersize=6, label="wrong verdict"
+    )
+    axes.set(xlim=(edges[0], edges[-1]), ylim=(-0.05, 1.05), yticks=[0, 0.5, 1], xlabel="step")
+    axes.set_title(trace.title, loc="left")
+    axes.grid(visible=False)
+
+
+def _draw_histogram(axes: "Axes", traces: list[Trace], threshold: float) -> None:
+    axes.set(xlim=(0, 1), xlabel="success probability", ylabel="frames")
+    axes.set_title(f"All scored frames of {len(traces)} episodes", loc="left")
+    if not any(trace.scored.any() for trace in traces):
+        axes.text(0.5, 0.5, "no frame was scored", color=GREY, ha="center", transform=axes.transAxes)
+        return
+    prob = np.concatenate([trace.success_prob[trace.scored] for trace in traces])
+    truth = np.concatenate([trace.truth[trace.scored] for trace in traces])
+    verdict = np.concatenate([trace.verdict(threshold)[trace.scored] for trace in traces])
+    false_positives, missed = (verdict & ~truth).sum(), (~verdict & truth).sum()
+    for frames, color, hatch, label in (
+        (
+            ~truth,
+            ORANGE,
+            "////",
+            f"truth: failure ({(~truth).sum()} frames, {false_positives} false positives)",
+        ),
+        (truth, BLUE, None, f"truth: success ({truth.sum()} frames, {missed} missed)"),
+    ):
+        bins = np.linspace(0, 1, 41)
+        axes.hist(
+            prob[frames],
+            bins,
+            histtype="stepfilled",
+            fc=color,
+            ec=color,
+            alpha=0.55,
+            hatch=hatch,
+            label=label,
+        )
+    axes.axvline(threshold, color=GREY, linestyle="--", linewidth=1)
+    axes.set_yscale("log")  # most frames are easy; the few that count would be too flat to see
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.set_ylim(bottom=0.7)
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, borderaxespad=0)
+
+
+def _save(figure: "Figure", path: Path) -> None:
+    import matplotlib
+
+    with matplotlib.rc_context(STYLE), atomic_write(path) as temporary:
+        figure.savefig(temporary, format=Path(path).suffix[1:], dpi=DPI)
