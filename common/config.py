@@ -44,9 +44,10 @@ Config = TypeVar("Config")
 
 _GONE = "is gone: it arranges a cluster, and one workstation needs none; delete it"
 # Keys of the reference's YAMLs without a meaning here. Asked only for keys that no dataclass knows.
-CLUSTER_KEYS = {
+GONE_KEYS = {
     "defaults": "is gone with Hydra: name the YAML to build on with `base: other.yaml`",
     "hydra": "is gone with Hydra: delete it; the run folder is `runner.logger.log_path`",
+    "project_name": "is gone: only tracking services need one; delete it",
     "cluster": _GONE,
     "component_placement": _GONE,
     "enable_offload": _GONE,
@@ -242,8 +243,8 @@ class _Builder:
 
     def unknown(self, cls: type, name: str, section: str) -> ConfigError:
         key = join(section, name)
-        if name in CLUSTER_KEYS:
-            return self.error(key, f"key '{key}' {CLUSTER_KEYS[name]}")
+        if name in GONE_KEYS:
+            return self.error(key, f"key '{key}' {GONE_KEYS[name]}")
         siblings = [field.name for field in fields(cls)]
         everywhere = list(all_keys(self.root))
         near = nearest(name, siblings)

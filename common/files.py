@@ -93,8 +93,8 @@ def _plain(obj: Any) -> Any:
 def new_run_dir(log_path: str | None, experiment_name: str, may_append: bool = False) -> Path:
     """Make and return this run's folder: `log_path`, or `logs/<date>-<time>-<experiment_name>` if None.
 
-    An unfinished run's folder may be used again. UserError if it holds a finished run (`summary.json`), unless
-    the caller adds to what is there and says so (`may_append`).
+    An unfinished run's folder may be used again. UserError if it holds a finished run (`summary.json`),
+    unless the caller adds to what is there and says so (`may_append`).
     """
     if log_path is not None:
         folder = Path(log_path)
