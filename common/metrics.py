@@ -54,7 +54,7 @@ def auprc(success_prob: ArrayLike, label: ArrayLike) -> float:
     )  # slow to import, and most scripts never rank anything
 
     success_prob, label = _scores(success_prob, label)
-    return float(average_precision_score(label, success_prob))
+    return min(float(average_precision_score(label, success_prob)), 1.0)  # rounding goes beyond
 
 
 def roc_auc(success_prob: ArrayLike, label: ArrayLike) -> float:

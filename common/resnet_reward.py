@@ -83,6 +83,7 @@ class ResNetRewardModel(nn.Module):
             channels = torch.tensor(values).repeat(len(self.views)).view(1, -1, 1, 1)
             self.register_buffer(name, channels, persistent=False)
         self._fast_forward: Callable[[Tensor], Tensor] | None = None
+        self.register_load_state_dict_post_hook(lambda *_: self._drop_fast_forward())
 
     @property
     def device(self) -> torch.device:
@@ -109,8 +110,15 @@ class ResNetRewardModel(nn.Module):
         return self.backbone(self.preprocess(images)).squeeze(-1)
 
     def train(self, mode: bool = True) -> "ResNetRewardModel":
-        self._fast_forward = None  # weights may change from here on
+        self._drop_fast_forward()  # weights may change from here on
         return super().train(mode)
+
+    def _apply(self, *args: Any) -> "ResNetRewardModel":
+        self._drop_fast_forward()  # `to(device)` and its like
+        return super()._apply(*args)
+
+    def _drop_fast_forward(self) -> None:
+        self._fast_forward = None
 
     @torch.inference_mode()
     def score(self, frames: dict[str, Tensor], batch_size: int = 64) -> Tensor:
@@ -202,7 +210,6 @@ class ResNetRewardModel(nn.Module):
                 + "; ".join(f"{what}: {_first_of(names)}" for what, names in parts if names)
                 + "; set arch, hidden_dim and views to those it was trained with"
             )
-        self.train(self.training)  # drops the fast copy of the old weights
         self.load_state_dict(weights)
 
 
@@ -241,6 +248,8 @@ def _whole_folder(folder: Path) -> Iterator[Path]:
             folder.rename(older)
         temporary.rename(folder)
     finally:
+        if older.exists() and not folder.exists():  # interrupted between the two renames
+            older.rename(folder)
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(older, ignore_errors=True)
 

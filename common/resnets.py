@@ -80,7 +80,11 @@ def build_backbone(
             backbone.conv1.padding,
             bias=False,
         )
-        widened.weight.data = backbone.conv1.weight.data.repeat(1, num_views, 1, 1) / num_views
+        nn.init.kaiming_normal_(widened.weight, mode="fan_out", nonlinearity="relu")
+        if (
+            pretrained
+        ):  # each view starts as an ImageNet picture; fresh weights must differ, or views would not
+            widened.weight.data = backbone.conv1.weight.data.repeat(1, num_views, 1, 1) / num_views
         backbone.conv1 = widened
     features = backbone.fc.in_features
     if hidden_dim is None:

@@ -1,0 +1,167 @@
+"""Labelled frames for training a classifier: loading them, drawing batches, changing them at random."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.episodes import RewardDatasetPayload
+from common.runtime import UserError
+
+
+@dataclass
+class FrameSet:
+    """The frames of one or several `train.pt` / `val.pt`, all of one size and one camera set-up."""
+
+    images: list[Tensor]  # (H, W, 3) uint8 each, on the disk until touched
+    labels: np.ndarray  # (len,) bool, True: success
+    frame_size: list[int]  # [H, W]
+    render: dict[str, Any] | None  # what the cameras were
+    sha256: dict[str, str]  # file -> hash of its content
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batch(self, indices: np.ndarray) -> Tensor:
+        """(len(indices), H, W, 3) uint8."""
+        return torch.stack([self.images[index] for index in indices])
+
+    @property
+    def class_counts(self) -> dict[str, int]:
+        return {"success": int(self.labels.sum()), "fail": int((~self.labels).sum())}
+
+
+def load_frames(paths: str | list[str]) -> FrameSet:
+    """Raises UserError if a file is missing or broken, holds one class or several sizes or cameras."""
+    paths = [paths] if isinstance(paths, str) else paths
+    if missing := [path for path in paths if not Path(path).is_file()]:
+        raise UserError(f"{missing[0]}: no such file; make it with preprocess_resnet.py")
+    if not paths:
+        raise UserError("no data files are given; name at least one .pt of preprocess_resnet.py")
+    payloads = {path: RewardDatasetPayload.load(path) for path in paths}
+    images = [image for payload in payloads.values() for image in payload.images]
+    labels = np.array([label for payload in payloads.values() for label in payload.labels], dtype=bool)
+    names = " + ".join(paths)
+
+    sizes = sorted({tuple(image.shape[:2]) for image in images})
+    if len(sizes) > 1:
+        raise UserError(f"{names} mixes frames of {_by(sizes[0])} and {_by(sizes[1])}; use data of one size")
+    renders = [payload.metadata.get("render") for payload in payloads.values()]
+    if any(render != renders[0] for render in renders):
+        raise UserError(f"{names} come from different camera set-ups; use data of one")
+    if labels.all() or not labels.any():
+        held, lacking = ("successes", "failures") if labels.all() else ("failures", "successes")
+        raise UserError(f"{names} holds {held} only; collect episodes with {lacking} too")
+    return FrameSet(images, labels, list(sizes[0]), renders[0], {path: _sha256(path) for path in paths})
+
+
+def check_same_cameras(train: FrameSet, val: FrameSet) -> None:
+    """Raises UserError unless what is validated on looks like what is trained on."""
+    if train.frame_size != val.frame_size:
+        raise UserError(
+            f"training frames are {_by(train.frame_size)} but validation frames {_by(val.frame_size)}; "
+            "make both with one run of preprocess_resnet.py"
+        )
+    if train.render != val.render:
+        raise UserError("training and validation frames come from different camera set-ups; use data of one")
+
+
+def _by(size: tuple[int, ...] | list[int]) -> str:
+    return f"{size[0]}x{size[1]}"
+
+
+def _sha256(path: str) -> str:
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+# ----------------------------------------------------------------------------------------------------
+# Batches
+
+
+class BatchIndices:
+    """Endless batches of indices.
+
+    Each class (without a fraction: everything) is dealt like a deck of cards, shuffled, used up, shuffled
+    again: no frame comes twice before all others of its class have come once.
+    """
+
+    def __init__(self, labels: np.ndarray, positive_fraction: float | None, seed: int):
+        """labels (len,) bool, both classes present; `positive_fraction` of each batch are successes."""
+        self.positive_fraction = positive_fraction
+        self.rng = np.random.default_rng(seed)
+        if positive_fraction is None:
+            self.decks = [_Deck(np.arange(len(labels)), self.rng)]
+        else:
+            self.decks = [_Deck(np.flatnonzero(labels == wanted), self.rng) for wanted in (True, False)]
+
+    def draw(self, batch_size: int) -> np.ndarray:
+        """(batch_size,) int64; at least one of each class where the classes are balanced."""
+        if self.positive_fraction is None:
+            return self.decks[0].deal(batch_size)
+        num_positive = min(max(round(self.positive_fraction * batch_size), 1), batch_size - 1)
+        return np.concatenate(
+            [self.decks[0].deal(num_positive), self.decks[1].deal(batch_size - num_positive)]
+        )
+
+
+class _Deck:
+    def __init__(self, cards: np.ndarray, rng: np.random.Generator):
+        self.cards, self.rng = cards, rng
+        self.left = np.empty(0, dtype=np.int64)
+
+    def deal(self, count: int) -> np.ndarray:
+        while len(self.left) < count:
+            self.left = np.concatenate([self.left, self.rng.permutation(self.cards)])
+        dealt, self.left = self.left[:count], self.left[count:]
+        return dealt
+
+
+# ----------------------------------------------------------------------------------------------------
+# Augmentation
+
+
+@dataclass
+class AugmentConfig:
+    """Random changes of each training frame. They say what must not matter: a nudged camera, another lamp."""
+
+    random_shift: int = 4  # pixels of the stored frame, each way
+    brightness: float = 0.2  # factor in [1 - b, 1 + b]
+    color: float = 0.1  # the same for each colour channel on its own
+
+    def __post_init__(self):
+        if self.random_shift < 0 or not 0 <= self.brightness < 1 or not 0 <= self.color < 1:
+            raise ValueError("random_shift must be at least 0, brightness and color in [0, 1)")
+
+
+def augment(images: Tensor, how: AugmentConfig) -> Tensor:
+    """(B, H, W, 3) uint8 -> (B, H, W, 3) float32 in [0, 1], on the same device."""
+    images = random_shift(images, how.random_shift).float() / 255
+    batch = len(images)
+    brightness = _around_one(how.brightness, (batch, 1, 1, 1), images.device)
+    color = _around_one(how.color, (batch, 1, 1, 3), images.device)
+    return (images * brightness * color).clamp(0, 1)
+
+
+def random_shift(images: Tensor, pixels: int) -> Tensor:
+    """Each image moved by up to `pixels` in x and y; its edge is repeated where nothing moved in.
+
+    Pad and crop at once, as DrQ does (Kostrikov et al. 2020), without the padded copy.
+    """
+    batch, height, width = images.shape[:3]
+    shift = torch.randint(-pixels, pixels + 1, (2, batch, 1), device=images.device)
+    rows = (torch.arange(height, device=images.device) + shift[0]).clamp(0, height - 1)  # (B, H)
+    columns = (torch.arange(width, device=images.device) + shift[1]).clamp(0, width - 1)  # (B, W)
+    which = torch.arange(batch, device=images.device)
+    return images[which[:, None, None], rows[:, :, None], columns[:, None, :]]
+
+
+def _around_one(spread: float, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    return 1 + spread * (2 * torch.rand(shape, device=device) - 1)

@@ -1,0 +1,118 @@
+"""Exact values on toy scores; each expected number can be checked by hand."""
+
+import numpy as np
+import pytest
+
+from common.metrics import (
+    Counts,
+    ThresholdRule,
+    auprc,
+    choose_threshold,
+    counts_at,
+    log_loss,
+    roc_auc,
+    score_metrics,
+    wilson_lower_bound,
+)
+from common.runtime import UserError
+
+PROB = np.array([0.1, 0.4, 0.6, 0.7, 0.8, 0.9])
+LABEL = np.array([0, 0, 0, 1, 0, 1], dtype=bool)
+
+
+def test_ranking_measures_by_hand():
+    # from the top: hit (1/1), miss, hit (2/3)
+    assert auprc(PROB, LABEL) == pytest.approx((1 + 2 / 3) / 2)
+    # of 8 pairs of a success and a failure, one is the wrong way round
+    assert roc_auc(PROB, LABEL) == pytest.approx(7 / 8)
+    assert log_loss([0.5, 0.25], [True, False]) == pytest.approx((np.log(2) - np.log(0.75)) / 2)
+    assert log_loss([0.0], [True]) == pytest.approx(-np.log(1e-6))
+
+
+def test_counts_include_scores_that_just_reach_the_threshold():
+    counts = counts_at(PROB, LABEL, 0.7)
+    assert counts == Counts(true_positives=2, false_positives=1, false_negatives=0, true_negatives=3)
+    assert (counts.precision, counts.recall) == (pytest.approx(2 / 3), 1.0)
+    assert (counts.fp_per_1000, counts.accuracy) == (250.0, pytest.approx(5 / 6))
+
+
+def test_ratios_with_nothing_to_divide_by_are_zero():
+    none = Counts(0, 0, 0, 0)
+    assert (none.precision, none.recall, none.fp_per_1000, none.accuracy) == (0, 0, 0, 0)
+
+
+def test_report_card():
+    card = score_metrics(PROB, LABEL, 0.85)
+    assert set(card) == {"loss", "auprc", "roc_auc", "accuracy", "precision", "recall", "fp_per_1000"}
+    assert (card["precision"], card["recall"], card["fp_per_1000"]) == (1.0, 0.5, 0.0)
+
+
+def test_one_class_cannot_be_ranked():
+    with pytest.raises(ValueError, match="one class"):
+        auprc(PROB, np.zeros(6, dtype=bool))
+
+
+def test_a_diverged_model_is_named():
+    with pytest.raises(UserError, match="diverged"):
+        score_metrics(np.array([0.2, np.nan]), np.array([True, False]), 0.5)
+
+
+@pytest.mark.parametrize(
+    ("allowed", "threshold", "hits"),
+    [
+        (0.0, 0.85, 1),  # above the failure at 0.8
+        (250.0, 0.65, 2),  # one of four failures may pass: between 0.6 and 0.7
+        (1000.0, 0.65, 2),  # a larger allowance buys no further hit, so it is not used
+    ],
+)
+def test_threshold_by_false_positives(allowed, threshold, hits):
+    rule = ThresholdRule("max_false_positives_per_1000", allowed)
+    chosen, counts, kept = choose_threshold(PROB, LABEL, rule)
+    assert (chosen, counts.true_positives, kept) == (pytest.approx(threshold), hits, True)
+
+
+def test_a_clean_gap_is_split_in_the_middle_but_never_below_the_minimum():
+    label = np.array([False, True])
+    assert choose_threshold([0.6, 0.8], label, ThresholdRule())[0] == pytest.approx(0.7)
+    assert choose_threshold([0.1, 0.3], label, ThresholdRule())[2] is False
+    assert choose_threshold([0.1, 0.7], label, ThresholdRule())[0] == 0.5
+    assert choose_threshold([0.1, 0.97], label, ThresholdRule(min_threshold=0.9))[0] == 0.9
+
+
+def test_threshold_by_precision_bound():
+    prob = np.concatenate([np.linspace(0.6, 0.9, 20), [0.65, 0.1]])
+    label = np.array([True] * 20 + [False] * 2)
+    # all 20 hits with one false positive are 20 of 21: bound 0.815; without it 16 of 16: 0.855
+    loose = choose_threshold(prob, label, ThresholdRule("precision_lower_bound", 0.8))
+    tight = choose_threshold(prob, label, ThresholdRule("precision_lower_bound", 0.85))
+    assert (loose[1].true_positives, loose[1].false_positives, loose[2]) == (20, 1, True)
+    assert (tight[1].true_positives, tight[1].false_positives, tight[2]) == (16, 0, True)
+
+
+def test_an_unreachable_rule_takes_what_comes_closest_and_says_so():
+    chosen, counts, kept = choose_threshold(PROB, LABEL, ThresholdRule("precision_lower_bound", 0.99))
+    assert (kept, counts.false_positives, counts.true_positives) == (False, 0, 1)
+    assert chosen == pytest.approx(0.85)
+    # the highest score is a failure's: every threshold that finds a success lets it through
+    assert choose_threshold([0.7, 0.9], [True, False], ThresholdRule())[2] is False
+
+
+def test_fixed_threshold():
+    chosen, counts, kept = choose_threshold(PROB, LABEL, ThresholdRule("fixed", 0.2))
+    assert (chosen, counts.false_positives, kept) == (0.2, 3, True)
+
+
+def test_wilson_lower_bound_against_its_closed_form():
+    z = 1.645
+    assert wilson_lower_bound(10, 10) == pytest.approx(10 / (10 + z * z))  # all hits: n / (n + z^2)
+    assert wilson_lower_bound(0, 10) == pytest.approx(0)
+    assert wilson_lower_bound(0, 0) == 0
+
+
+@pytest.mark.parametrize(
+    ("rule", "value"),
+    [("precision_lower_bound", 5.0), ("fixed", -0.1), ("max_false_positives_per_1000", 1001)],
+)
+def test_senseless_rules_are_refused(rule, value):
+    with pytest.raises(ValueError, match="must be in"):
+        ThresholdRule(rule, value)
