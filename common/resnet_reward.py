@@ -50,8 +50,11 @@ class ResNetRewardConfig:
     views: list[str] = field(default_factory=lambda: ["main_images"])  # several are stacked as channels
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 where the hardware is fast at it
     device: str = "auto"
+    infer_micro_batch_size: int = 32  # frames scored at once in RL
 
     def __post_init__(self):
+        if self.infer_micro_batch_size < 1:
+            raise ValueError(f"infer_micro_batch_size must be at least 1, got {self.infer_micro_batch_size}")
         if self.image_size is not None and (len(self.image_size) != 3 or self.image_size[0] != 3):
             raise ValueError(f"image_size must be [3, height, width], got {self.image_size}")
         if not self.views:
