@@ -17,38 +17,43 @@ LEVELS = [
         "runtime",
         "unpickle",
         "files",
-        "yaml_tree",
         "declarations",
+        "yaml_tree",
         "config",
         "log",
         "timing",
         "checkpoint",
         "processes",
+        "ranks",
     ],
     # 1 data and pure functions
-    ["episodes", "trend", "history", "rewards", "metrics"],
+    ["episodes", "frames", "trend", "history", "rewards", "metrics"],
     # 2 things with weights
-    ["nets", "buffers", "ppo", "sac", "agents", "resnets", "resnet_reward", "qwen_reward"],
+    ["nets", "buffers", "ppo", "sac", "training", "resnets", "resnet_reward", "qwen_reward"],
     # 3 the world
     ["scenes", "envs", "wrappers", "scripted", "devices", "arms", "franka"],
     # 4 other processes, pictures
     ["env_workers", "reward_client", "reward_link", "report"],
+    # 5 parts of an RL run
+    ["agents", "experience", "evaluation", "async_rollout", "run"],
 ]
 
-# What others of its own level may import all the same: module -> who.
+# What others of its own level may import all the same, those to the right of it: module -> who.
 WITHIN_LEVEL = {
-    "runtime": {"files", "yaml_tree", "config", "log", "timing", "checkpoint", "processes"},
+    "runtime": {"files", "yaml_tree", "config", "log", "timing", "checkpoint", "processes", "ranks"},
     "unpickle": {"files"},
-    "yaml_tree": {"config"},
-    "declarations": {"config"},
     "files": {"config", "log", "timing", "checkpoint"},
-    "nets": {"ppo", "sac", "agents"},
+    "declarations": {"config"},
+    "yaml_tree": {"config"},
+    "episodes": {"frames"},
+    "nets": {"ppo", "sac"},
     "buffers": {"ppo", "sac"},
-    "ppo": {"agents"},
-    "sac": {"agents"},
     "resnets": {"resnet_reward"},
     "scenes": {"envs", "wrappers"},
     "envs": {"wrappers"},
+    "agents": {"async_rollout", "run"},
+    "experience": {"async_rollout"},
+    "evaluation": {"run"},
 }
 
 # Packages that are slow to import or that only some users have, and the modules about nothing else. Elsewhere
@@ -157,6 +162,14 @@ def test_module_imports_only_from_levels_above(path: Path):
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
 def test_script_stands_alone(path: Path):
     assert faults_of_script(path.stem, path.read_text(), {other.stem for other in SCRIPTS}) == []
+
+
+def test_exceptions_within_a_level_point_one_way():
+    place = {name: (level, position) for level, row in enumerate(LEVELS) for position, name in enumerate(row)}
+    for imported, importers in WITHIN_LEVEL.items():
+        for name in importers:
+            assert place[name][0] == place[imported][0], f"{name} and {imported} are of different levels"
+            assert place[name][1] > place[imported][1], f"{name} stands left of {imported}"
 
 
 @pytest.mark.parametrize(
