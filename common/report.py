@@ -9,6 +9,7 @@ import contextlib
 import itertools
 import json
 import math
+import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +22,7 @@ from common.files import atomic_write
 from common.rewards import Verdicts
 from common.runtime import UserError
 
-# matplotlib and ffmpeg are imported where they draw: a spawned worker, which imports its script again, never
-# does.
+# What draws is imported where it is used: a spawned worker imports its script again and never draws.
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -98,28 +98,32 @@ def save_video(traces: list[Trace], threshold: float, path: Path, fps: int) -> N
     """Write an mp4 (H.264) of the episodes one after the other, the last frame of each held for 0.5 s.
 
     Under each frame: the episode and step, success_prob as a bar with a tick at the threshold, the verdict
-    and the truth. ValueError if the frames of the traces are not of one size.
+    and the truth. ValueError if the frames of the traces are not of one size, UserError if ffmpeg fails.
     """
-    from imageio_ffmpeg import write_frames  # imageio itself goes by the suffix, which a temporary file lacks
+    from imageio_ffmpeg import get_ffmpeg_exe
 
     sizes = {trace.frames.shape[1:3] for trace in traces}
     if len(sizes) != 1:
         raise ValueError(f"a video needs frames of one size, got {sorted(sizes)}")
     pictures = video_pictures(traces, threshold, num_held=round(0.5 * fps))
     first = next(pictures)
+    # not imageio's own writer: it goes by the suffix, which a temporary file lacks, and takes a video that
+    # ffmpeg gave up on for a whole one
+    command = [get_ffmpeg_exe(), "-y", "-v", "error", "-f", "rawvideo", "-pix_fmt", "rgb24"]
+    command += ["-s", f"{first.shape[1]}x{first.shape[0]}", "-r", str(fps), "-i", "-"]
+    command += ["-c:v", "libx264", "-preset", "veryfast", "-crf", "25", "-pix_fmt", "yuv420p"]
+    command += ["-movflags", "+faststart", "-f", "mp4"]  # faststart: a browser plays it while it loads
     with atomic_write(path) as temporary:
-        writer = write_frames(
-            str(temporary),
-            size=(first.shape[1], first.shape[0]),
-            fps=fps,
-            macro_block_size=2,
-            # faststart: a browser plays it while it loads
-            output_params=["-f", "mp4", "-movflags", "+faststart", "-preset", "veryfast"],
-        )
-        with contextlib.closing(writer):
-            writer.send(None)  # starts ffmpeg
-            for picture in itertools.chain([first], pictures):
-                writer.send(picture)
+        pipe = subprocess.PIPE
+        with subprocess.Popen([*command, temporary], stdin=pipe, stderr=pipe) as ffmpeg:
+            with contextlib.suppress(BrokenPipeError):  # then it ended early and says why
+                for picture in itertools.chain([first], pictures):
+                    ffmpeg.stdin.write(picture.data)
+            with contextlib.suppress(BrokenPipeError):
+                ffmpeg.stdin.close()
+            message = ffmpeg.stderr.read().decode(errors="replace").strip()
+        if ffmpeg.returncode != 0:
+            raise UserError(f"{path}: ffmpeg stopped with code {ffmpeg.returncode}: {message}")
 
 
 def video_pictures(traces: list[Trace], threshold: float, num_held: int) -> Iterator[np.ndarray]:

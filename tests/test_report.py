@@ -77,6 +77,18 @@ def test_video_that_fails_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest
     assert len(list(tmp_path.iterdir())) == 1
 
 
+@pytest.mark.parametrize("reads", ["cat > /dev/null; ", ""], ids=["after all frames", "before the first"])
+def test_video_that_ffmpeg_gives_up_on_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reads: str):
+    # imageio's writer ignores the exit code: on a full disk it leaves half a video and says nothing
+    program = tmp_path / "ffmpeg"
+    program.write_text(f"#!/bin/sh\n{reads}echo 'No space left on device' >&2\nexit 3\n")
+    program.chmod(0o755)
+    monkeypatch.setattr("imageio_ffmpeg.get_ffmpeg_exe", lambda: str(program))
+    with pytest.raises(UserError, match=r"eval\.mp4: ffmpeg stopped with code 3: No space left on device"):
+        save_video([trace([0.5], [1])], 0.5, tmp_path / "out" / "eval.mp4", fps=2)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
 def test_strip_shows_score_verdict_and_truth():
     shown = trace([0.25, 0.5, 0.75, NAN], [0, 0, 1, 1])
     strips = [picture[-STRIP_HEIGHT:] for picture in video_pictures([shown], 0.5, num_held=0)]
