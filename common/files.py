@@ -105,9 +105,7 @@ def new_run_dir(log_path: str | None, experiment_name: str, may_append: bool = F
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError) as error:
-            raise UserError(
-                f"{folder} cannot become a run folder: a file of that name is in the way"
-            ) from error
+            raise UserError(f"{folder} cannot become a run folder: a file is in the way") from error
         return folder
     if not experiment_name or "/" in experiment_name:
         raise UserError(

@@ -1,8 +1,8 @@
-"""What a run says of itself: a progress line, the same numbers in `metrics.jsonl` and TensorBoard, a glossary.
+"""What a run says of itself: a progress line, the same numbers in metrics.jsonl and TensorBoard, a glossary.
 
 A number's name, its tag, is `group/name`. The groups are fixed. `GLOSSARY` tells what each tag of the project
-means, in which unit, and which of them stand on the progress line. A tag that it lacks is logged all the same if
-its group is known (an experiment must not wait for a dictionary); one of an unknown group is an error.
+means, in which unit, and which of them stand on the progress line. A tag that it lacks is logged all the same
+if its group is known (an experiment must not wait for a dictionary); one of an unknown group is an error.
 """
 
 import math
@@ -142,8 +142,8 @@ def progress_line(step: int, wall_s: float, metrics: dict[str, float]) -> str:
 class RunLog:
     """The log of one run folder, to be used in a `with`. A folder used before is added to.
 
-    `metrics.jsonl` holds one JSON object a line: `step`, `time/wall_s` (seconds since this log was opened) and
-    the metrics, NaN and infinities as null. It is complete up to the last `log` whatever happens afterwards.
+    `metrics.jsonl` holds a JSON object a line: `step`, `time/wall_s` (seconds since this log was opened) and
+    the metrics, NaN and infinities as null. It is complete up to the last `log`, whatever follows.
     """
 
     def __init__(self, folder: str | Path, logger_backends: Sequence[str] = ("tensorboard",)):

@@ -2,8 +2,9 @@
 
 Refusing `os.system` by name is the easy half. The other half: numpy trusts what a pickle says of memory:
 `dtype.__setstate__` takes hand-made fields that turn bytes into object pointers, `ndarray.__setstate__` reads
-past the end of a short list of objects. So neither sees what the file says: `_Dtype` and `_Array` stand in
-while the pickle runs and check each value, and `_settle` puts the finished arrays in their places.
+past the end of a short list of objects, torch grows a tensor over memory that nobody wrote. So none of them
+sees what the file says: `_Dtype`, `_Array` and `_Storage` stand in while the pickle runs, and check each
+value; `_settle` puts the finished arrays in their places.
 """
 
 import pickle
@@ -102,26 +103,31 @@ def _scalar(stand_in: _Dtype, content: bytes) -> np.generic:
     return _numpy_scalar(stand_in.dtype, content)
 
 
-def _storage(content: bytes) -> torch.storage.TypedStorage:
-    """torch pickles a storage as a torch file in bytes, and would load that without restriction. Not here."""
-    try:
-        storage = torch.load(BytesIO(content), weights_only=True, map_location="cpu")
-    except pickle.UnpicklingError as error:
-        raise RefusedError("a torch storage with more than numbers in it") from error
-    if not isinstance(storage, torch.storage.TypedStorage):
-        raise RefusedError(f"a torch storage that is a {type(storage).__name__}")
-    return storage
+class _Storage:
+    """Stands in for a torch storage: all its numbers as one flat tensor.
+
+    torch pickles a storage as a torch file in bytes, and would load that one without any restriction.
+    """
+
+    __slots__ = ("flat",)
+
+    def __init__(self, content: bytes):
+        try:
+            storage = torch.load(BytesIO(content), weights_only=True, map_location="cpu")
+        except pickle.UnpicklingError as error:
+            raise RefusedError("a torch storage with more than numbers in it") from error
+        if not isinstance(storage, torch.storage.TypedStorage):
+            raise RefusedError(f"a torch storage that is a {type(storage).__name__}")
+        empty = torch._utils._rebuild_tensor(storage, 0, (0,), (1,))
+        self.flat = empty.set_(
+            empty.untyped_storage(), 0, (empty.untyped_storage().nbytes() // empty.itemsize,), (1,)
+        )
 
 
 def _tensor(
-    storage: torch.storage.TypedStorage,
-    offset: int,
-    size: tuple,
-    stride: tuple,
-    _requires_grad: bool,
-    _hooks: dict,
+    storage: _Storage, offset: int, size: tuple, stride: tuple, _requires_grad: bool, _hooks: dict
 ) -> torch.Tensor:
-    return torch._utils._rebuild_tensor(storage, offset, size, stride)  # checks the bounds
+    return storage.flat.as_strided(size, stride, offset)  # unlike torch's own function, it checks the bounds
 
 
 def _latin1(text: str, encoding: str) -> bytes:
@@ -136,7 +142,7 @@ def _builders() -> dict[str, _Builder]:
         "numpy.dtype": _Dtype,
         "numpy.ndarray": lambda: _Array(),  # only ever named, as an argument of _reconstruct
         "torch._utils._rebuild_tensor_v2": _tensor,
-        "torch.storage._load_from_bytes": _storage,
+        "torch.storage._load_from_bytes": _Storage,
         "collections.OrderedDict": OrderedDict,
         "_codecs.encode": _latin1,
     }
