@@ -254,6 +254,6 @@ class _Builder:
             key not in everywhere
         ):  # else another member of a union knows it, and this section is the wrong one
             near = next((other for other in everywhere if other.split(".")[-1] == name), None)
-            near = near or nearest(key, everywhere)
+            near = near or nearest(key, everywhere, cutoff=0.8)
         hint = did_you_mean(near) or f" of {cls.__name__}; known here: {', '.join(siblings)}"
         return self.error(key, f"unknown key '{key}'{hint}")

@@ -22,8 +22,9 @@ def join(section: str, name: str) -> str:
     return f"{section}.{name}" if section else str(name)
 
 
-def nearest(name: str, candidates: list[str]) -> str | None:
-    return next(iter(difflib.get_close_matches(name, candidates, n=1)), None)
+def nearest(name: str, candidates: list[str], cutoff: float = 0.6) -> str | None:
+    """The candidate most like `name`; `cutoff` in [0, 1]: how like it must be."""
+    return next(iter(difflib.get_close_matches(name, candidates, n=1, cutoff=cutoff)), None)
 
 
 def did_you_mean(near: str | None) -> str:
@@ -78,6 +79,9 @@ def default_of(cls: type, parts: list[str]) -> Any:
         if isinstance(node, dict):
             node = node[part]
             continue
+        if isinstance(node, list | tuple):
+            node = dict(zip(map(str, range(len(node))), node, strict=True))[part]
+            continue
         known = {field.name: field for field in fields(node)} if is_dataclass(node) else {}
         if not isinstance(node, type):
             node = getattr(node, known[part].name)
@@ -108,6 +112,19 @@ def all_keys(cls: type, prefix: str = "") -> Iterator[str]:
             yield from all_keys(section, key)
 
 
+def _spelling(kind: Any) -> str:
+    """A type as one writes it: `float | 'auto'`, `list[str] | null`."""
+    if get_origin(kind) in (Union, types.UnionType):
+        return " | ".join(_spelling(arg) for arg in get_args(kind))
+    if get_origin(kind) is Literal:
+        return " | ".join(repr(choice) for choice in get_args(kind))
+    if kind is type(None):
+        return "null"
+    return (
+        kind.__name__ if isinstance(kind, type) and not get_args(kind) else str(kind).removeprefix("typing.")
+    )
+
+
 def _comments(cls: type) -> dict[str, str]:
     """Field -> the comment at the end of its line; a class overrides its bases."""
     found: dict[str, str] = {}
@@ -125,10 +142,9 @@ def help_lines(cls: type, prefix: str = "", default: Any = MISSING) -> Iterator[
         value = getattr(default, field.name) if isinstance(default, cls) else field_default(field)
         sections = sections_in(kind)
         if not sections:
-            name = kind.__name__ if isinstance(kind, type) and not get_args(kind) else str(kind)
             shown = "" if value is MISSING else f" = {'null' if value is None else value}"
             comment = f"  # {comments[field.name]}" if field.name in comments else ""
-            yield f"  {key}: {name.replace('typing.', '')}{shown}{comment}"
+            yield f"  {key}: {_spelling(kind)}{shown}{comment}"
         for section in sections:
             if len(sections) > 1:
                 yield f"  {key}, where it is {section.__name__}:"

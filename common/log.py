@@ -54,9 +54,10 @@ _EVALUATION = {
     "num_episodes": Tag("episodes measured"),
 }
 _EPISODES = {
-    "true_success_once": Tag("share of episodes that truly succeed at any step", "true", ".2f"),
+    "true_success_once": _EVALUATION["true_success_once"],
     "true_success_at_end": Tag("share of episodes whose last step is a true success"),
-    "learned_success": Tag("share of episodes that the reward model calls a success", "learned", ".2f"),
+    "learned_success": _EVALUATION["learned_success"],
+    "hack_gap": _EVALUATION["hack_gap"],
 }
 _VERDICTS = {
     "false_positives_per_1000_steps": Tag(
