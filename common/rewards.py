@@ -99,11 +99,17 @@ class Audit:
         self.reward_sum += float(verdicts.model_reward.sum())
 
     def metrics(self, group: str = "reward") -> dict[str, float]:
-        """Rates since the last call; precision and recall only where something was there to be found."""
-        out = {}
-        if self.steps and self.scored:
-            out[f"{group}/false_positives_per_1000_steps"] = 1000 * self.false_positives / self.steps
-            out[f"{group}/model_reward_mean"] = self.reward_sum / self.scored
+        """Rates since the last call; precision and recall only where something was there to be found.
+
+        Nothing, and nothing forgotten, while no frame has been scored: episodes may be longer than the time
+        between two calls, and every env step counts once in the rate of false positives.
+        """
+        if not self.scored:
+            return {}
+        out = {
+            f"{group}/false_positives_per_1000_steps": 1000 * self.false_positives / self.steps,
+            f"{group}/model_reward_mean": self.reward_sum / self.scored,
+        }
         if self.true_positives + self.false_positives:
             out[f"{group}/precision"] = self.true_positives / (self.true_positives + self.false_positives)
         if self.positives:
