@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from common.log import RunLog
 from tqdm import trange
 
 from common import config
@@ -26,6 +25,7 @@ from common.env_workers import EnvPool
 from common.episodes import EpisodeWriter
 from common.experience import EpisodeStats, Replay, Rollout, prior_buffer
 from common.files import new_run_dir, save_json
+from common.log import RunLog
 from common.nets import ActorModelConfig, OptimConfig
 from common.ppo import PPO, PPOConfig
 from common.reward_client import RewardClient, RewardConfig, make_reward_client
@@ -77,8 +77,8 @@ class Config:
 
 def train_ppo(cfg: Config, run: Run, agent: PPO, envs, client: RewardClient | None) -> None:
     algorithm, n = cfg.algorithm, envs.num_envs
-    audit, stats = Audit(), EpisodeStats(n)
-    obs = envs.reset(cfg.runner.seed)
+    audit, stats = Audit(), EpisodeStats(n, cfg.reward)
+    obs = envs.reset(cfg.runner.seed + run.step)
     while run.running:
         steps = []
         for t in range(algorithm.num_steps):
@@ -86,7 +86,6 @@ def train_ppo(cfg: Config, run: Run, agent: PPO, envs, client: RewardClient | No
             step = envs.step(action.clamp(-1, 1).to(envs.device), cfg.reward.render)
             if client is not None:
                 client.submit(step.frames, t * n + step.frame_ids.cpu())
-            stats.add(step)
             steps.append({"obs": obs, "action": action, "logprob": logprob, "value": value, **step.arrays})
             obs = step.obs
         rollout = {
@@ -95,13 +94,17 @@ def train_ppo(cfg: Config, run: Run, agent: PPO, envs, client: RewardClient | No
 
         # The verdicts have been coming in while the envs moved; only now are they needed.
         model_reward = torch.zeros_like(rollout["env_reward"])
+        learned = torch.zeros(model_reward.shape, dtype=torch.bool)
         for verdicts in client.receive(wait=True) if client is not None else []:
             model_reward.view(-1)[verdicts.keys] = verdicts.model_reward.to(agent.device)
+            learned.view(-1)[verdicts.keys] = verdicts.success
             audit.count(verdicts, rollout["success"].view(-1)[verdicts.keys])
         reward = combine_reward(
             rollout["env_reward"], model_reward, cfg.reward.env_reward_weight, cfg.reward.reward_weight
         )
         done = rollout["terminated"] | rollout["truncated"]
+        for row in zip(rollout["success"].cpu(), done.cpu(), learned, strict=True):
+            stats.add(*row)
         final_value = torch.zeros_like(reward)
         if done.any():
             final_value[done] = agent.value(rollout["next_obs"][done])
@@ -132,7 +135,12 @@ def start_sac(cfg: Config, run: Run, agent: SAC, client: RewardClient | None) ->
     prior = None
     if cfg.algorithm.prior_data is not None:
         prior, audit = prior_buffer(
-            cfg.algorithm.prior_data, client, cfg.reward, cfg.algorithm.bootstrap_type, agent.device
+            cfg.algorithm.prior_data,
+            run.eval_envs.spec,
+            client,
+            cfg.reward,
+            cfg.algorithm.bootstrap_type,
+            agent.device,
         )
         run.log.log(run.step, audit.metrics("prior"))
     if cfg.actor.model.norm_obs:
@@ -167,7 +175,10 @@ def train_sac(cfg: Config, run: Run, agent: SAC, envs, client: RewardClient | No
         while updates_owed >= 1:  # the envs move meanwhile
             losses = agent.update(replay.sample(agent.generator))
             updates_owed -= 1
-        for transitions in rollout.finish():
+        paid = list(rollout.finish())
+        if run.evaluates_after(envs.num_envs):  # it will ask the same reward model
+            paid += rollout.drain()
+        for transitions in paid:
             replay.online.add(**transitions)
         run.advance(envs.num_envs, losses, rollout.metrics)
 

@@ -63,6 +63,8 @@ def evaluate(envs, agent, client: RewardClient | None, num_episodes: int, seed: 
 
     A fixed number per env: counting the first ones that end would favour short episodes.
     """
+    if client is not None:
+        client.check_idle()
     quota = math.ceil(num_episodes / envs.num_envs)
     render = client.cfg.render if client is not None else Render.NONE
     obs = envs.reset(seed)

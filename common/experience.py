@@ -6,13 +6,14 @@ rules (`common.rewards`), so a transition looks the same whichever way it came.
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from common.buffers import ReplayBuffer, mix_batches
 from common.envs import EnvSpec, Step
-from common.episodes import list_episodes, read_episode, read_frames
+from common.episodes import Episode, list_episodes, read_episode, read_frames
 from common.reward_client import RewardClient, RewardConfig
 from common.rewards import Audit, BootstrapType, combine_reward, no_bootstrap
 from common.runtime import UserError
@@ -38,23 +39,21 @@ class Rollout:
         self.render = cfg.render
         self.audit = Audit()
         self._waiting: Transitions | None = None  # of the last step, not judged yet
-        self._truth = torch.zeros(0, dtype=torch.bool)
-        self.stats = EpisodeStats(self.num_envs)
+        self.stats = EpisodeStats(self.num_envs, cfg)
 
     def reset(self, seed: int) -> None:
         self.obs = self.envs.reset(seed)
 
     def start(self, action: Tensor) -> None:
         """action (N, A) in [-1, 1]."""
-        self.action = action
-        self.envs.step_async(action, self.render)
+        self.action = action.to(self.envs.device)
+        self.envs.step_async(self.action, self.render)
 
     def finish(self) -> Iterator[Transitions]:
         """Complete the step; hand out what is paid: the last step's judged transitions, this one's others."""
         step = self.envs.step_wait()
         paid = list(self._judged())
         self.audit.step(self.num_envs)
-        self.stats.add(step)
         transitions = {
             "obs": self.obs,
             "next_obs": step.next_obs,
@@ -67,12 +66,16 @@ class Rollout:
         unpaid = self._send(step)
         if unpaid.any():
             self._waiting = {key: value[unpaid] for key, value in transitions.items()}
+            self._asked = step.frame_ids.cpu(), step.success.cpu(), step.done.cpu()
+        else:
+            self.stats.add(step.success.cpu(), step.done.cpu(), torch.zeros(self.num_envs, dtype=torch.bool))
         if not unpaid.all():
             paid.append(self._pay({key: value[~unpaid] for key, value in transitions.items()}))
         return iter(paid)
 
     def drain(self) -> Iterator[Transitions]:
-        """What is still with the reward model."""
+        """What is still with the reward model. Call it before anyone else asks the model: verdicts come back
+        in order, to whoever asks first."""
         return self._judged()
 
     def metrics(self) -> dict[str, float]:
@@ -87,7 +90,6 @@ class Rollout:
         if self.client is None or len(step.frame_ids) == 0:
             return unpaid
         unpaid[step.frame_ids] = True
-        self._truth = step.success[step.frame_ids]
         self.client.submit(step.frames, torch.arange(len(step.frame_ids)))
         self.client.flush()
         return unpaid
@@ -96,10 +98,14 @@ class Rollout:
         if self._waiting is None:
             return
         transitions, self._waiting = self._waiting, None
+        frame_ids, success, done = self._asked
+        learned = torch.zeros(self.num_envs, dtype=torch.bool)
         for verdicts in self.client.receive(wait=True):
-            self.audit.count(verdicts, self._truth[verdicts.keys])
-            self.stats.judge(verdicts)
+            envs = frame_ids[verdicts.keys]
+            self.audit.count(verdicts, success[envs])
+            learned[envs] = verdicts.success
             transitions["model_reward"][verdicts.keys] = verdicts.model_reward.to(self.obs.device)
+        self.stats.add(success, done, learned)
         yield self._pay(transitions)
 
     def _pay(self, transitions: Transitions) -> Transitions:
@@ -113,34 +119,47 @@ class Rollout:
 
 
 class EpisodeStats:
-    """True and learned success of the training episodes that ended since the last `metrics`."""
+    """True and learned success of the training episodes that ended since the last `metrics`.
 
-    def __init__(self, num_envs: int):
+    Learned: the model calls a frame a success, the last one in `terminal` mode, any one otherwise. The gap
+    compares it with the truth of the same frames, as `common.evaluation` does.
+    """
+
+    def __init__(self, num_envs: int, cfg: RewardConfig):
+        self.judged, self.last_frame_only = cfg.use_reward_model, cfg.reward_mode == "terminal"
         self.success_once = torch.zeros(num_envs, dtype=torch.bool)
+        self.learned_once = torch.zeros(num_envs, dtype=torch.bool)
         self._start()
 
     def _start(self) -> None:
-        self.episodes = self.once = self.at_end = 0
+        self.episodes = self.once = self.at_end = self.learned = 0
 
-    def add(self, step: Step) -> None:
-        success, done = step.success.cpu(), step.done.cpu()
+    def add(self, success: Tensor, done: Tensor, learned: Tensor) -> None:
+        """One step of all envs, each (N,) bool on the CPU; learned: the verdict, False without one."""
         self.success_once |= success
+        self.learned_once |= learned
         self.episodes += int(done.sum())
         self.once += int(self.success_once[done].sum())
         self.at_end += int(success[done].sum())
-        self.success_once[done] = False
+        self.learned += int(self.learned_once[done].sum())
+        self.success_once[done] = self.learned_once[done] = False
 
     def metrics(self) -> dict[str, float]:
         out = {}
         if self.episodes:
             out["rollout/true_success_once"] = self.once / self.episodes
             out["rollout/true_success_at_end"] = self.at_end / self.episodes
+            if self.judged:
+                truth = self.at_end if self.last_frame_only else self.once
+                out["rollout/learned_success"] = self.learned / self.episodes
+                out["rollout/hack_gap"] = 100 * (self.learned - truth) / self.episodes
         self._start()
         return out
 
 
 def prior_buffer(
     folder: str,
+    spec: EnvSpec,
     client: RewardClient | None,
     cfg: RewardConfig,
     bootstrap_type: BootstrapType,
@@ -149,23 +168,19 @@ def prior_buffer(
     """Every episode in `folder`, paid as the rollout pays: by the reward model, and by the recorded env
     reward where `env_reward_weight` is not 0. -> the buffer, and the verdicts against the recorded truth.
 
-    RLPD (Ball et al., 2023) mixes such data half and half with fresh experience.
+    RLPD (Ball et al., 2023) mixes such data half and half with fresh experience. UserError naming the episode
+    that was not recorded in an env like `spec`, or whose frames the model does not know.
     """
-    paths = list_episodes(folder)
-    first = read_episode(paths[0], views=())
-    if first.states is None:
-        raise UserError(f"{paths[0]} holds no states: algorithm.prior_data needs episodes with states")
-    if client is not None and first.render is not None:
-        client.check_render(first.render)
     parts, audit = [], Audit()
-    for path in tqdm(paths, desc="relabel prior data", unit="ep", leave=False):
+    for path in tqdm(list_episodes(folder), desc="relabel prior data", unit="ep", leave=False):
         episode = read_episode(path, views=())
+        _check_prior(episode, spec, client)
         last = episode.length
         judged = range(last, last + 1) if cfg.reward_mode == "terminal" else range(1, last + 1)
         model_reward = torch.zeros(last)
         if client is not None:
-            frames = {view: torch.from_numpy(read_frames(path, view, judged)) for view in client.views}
-            verdicts = client.score(frames)
+            frames = {view: np.stack(read_frames(path, view, judged)) for view in client.views}
+            verdicts = client.score({view: torch.from_numpy(images) for view, images in frames.items()})
             model_reward[judged.start - 1 :] = verdicts.model_reward
             audit.step(last)
             audit.count(verdicts, torch.from_numpy(episode.success[judged.start :]))
@@ -187,6 +202,27 @@ def prior_buffer(
     buffer = ReplayBuffer(size, obs_dim, transitions["action"].shape[1], device)
     buffer.add(**transitions)
     return buffer, audit
+
+
+def _check_prior(episode: Episode, spec: EnvSpec, client: RewardClient | None) -> None:
+    where = f"algorithm.prior_data: {episode.path}"
+    if episode.states is None:
+        raise UserError(
+            f"{where} holds no states, which the policy learns from; collect episodes with states"
+        )
+    if episode.task not in (None, spec.task):
+        raise UserError(f"{where} was recorded in the task '{episode.task}'; the env here is {spec.task}")
+    theirs, ours = (episode.states.shape[1], episode.actions.shape[1]), (spec.obs_dim, spec.action_dim)
+    if theirs != ours:
+        raise UserError(
+            f"{where} has states of {theirs[0]} and actions of {theirs[1]} numbers, the env here of "
+            f"{ours[0]} and {ours[1]}; use the same task and control_mode"
+        )
+    if client is not None and episode.render is not None:
+        try:
+            client.check_render(episode.render)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from error
 
 
 class Replay:

@@ -96,8 +96,19 @@ class RewardClient:
         self._done.clear()
         return out
 
+    @property
+    def busy(self) -> bool:
+        """Whether anything submitted has not been handed out yet."""
+        return bool(self._parts or self._done)
+
+    def check_idle(self) -> None:
+        """RuntimeError where the next verdicts belong to somebody else."""
+        if self.busy:
+            raise RuntimeError("the reward model still owes verdicts to the rollout: drain that first")
+
     def score(self, frames: dict[str, Tensor]) -> Verdicts:
-        """Submit and wait; keys are 0..M-1. For evaluation and relabelling; nothing else may be in flight."""
+        """Submit and wait; keys are 0..M-1. For videos and relabelling; nothing else may be in flight."""
+        self.check_idle()
         count = len(next(iter(frames.values())))
         self.submit(frames, torch.arange(count))
         parts = self.receive(wait=True)
@@ -105,7 +116,7 @@ class RewardClient:
         return Verdicts.judge(*joined, self.threshold)
 
     def check_render(self, render: dict) -> None:
-        """Refuse frames made otherwise than those the model was trained on: UserError names each difference."""
+        """UserError with each difference from the frames the model was trained on."""
         trained = self.meta.get("render")
         if trained is None:
             return
@@ -205,6 +216,10 @@ class RewardWorker(RewardClient):
     def _collect(self, wait: bool) -> None:
         while self._sent and (wait or self.child.has_message()):
             self._take_one()
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._parts or self._sent or self._done)
 
     def close(self) -> None:
         self.child.close()

@@ -12,7 +12,7 @@ from common.log import LoggerConfig, RunLog
 from common.report import plot_learning_curves, plot_scores, save_video
 
 # Evaluation during training, the final one and the video never see the episodes of training or of each other.
-EVAL_SEED, FINAL_SEED, VIDEO_SEED = 1_000_000, 2_000_000, 3_000_000
+EVAL_SEED, FINAL_SEED, VIDEO_SEED = 10**9, 2 * 10**9, 3 * 10**9  # training's: run seed + step resumed at
 
 
 @dataclass
@@ -57,15 +57,20 @@ class Run:
     def running(self) -> bool:
         return self.step < self.runner.max_steps
 
+    def _due(self, every: int, before: int, now: int) -> bool:
+        """Whether a multiple of `every` lies in (before, now], or the run ends there; 0: never."""
+        return every > 0 and (before // every != now // every or now >= self.runner.max_steps)
+
+    def evaluates_after(self, env_steps: int) -> bool:
+        """Whether the next evaluation follows these env steps: the reward model must be idle by then."""
+        now = self.step + env_steps
+        return self._due(self.runner.val_check_interval, self.step, now) or now >= self.runner.max_steps
+
     def advance(self, env_steps: int, losses: dict, rollout_metrics) -> None:
         """Count env steps; log, evaluate and save when due. rollout_metrics: called when logged."""
         before, self.step = self.step, self.step + env_steps
         runner = self.runner
-
-        def due(every: int) -> bool:
-            return every > 0 and (before // every != self.step // every or not self.running)
-
-        if due(runner.log_interval):
+        if self._due(runner.log_interval, before, self.step):
             now = time.perf_counter()
             speed = (self.step - self.logged_step) / (now - self.logged_at)
             self.logged_at, self.logged_step = now, self.step
@@ -73,9 +78,9 @@ class Run:
             numbers = {f"train/{name}": float(value) for name, value in losses.items()}
             clock = {"time/env_steps_per_s": speed, "reward/share_of_time": share}
             self.log.log(self.step, {**numbers, **rollout_metrics(), **clock})
-        if due(runner.val_check_interval):
+        if self._due(runner.val_check_interval, before, self.step):
             self.evaluate()
-        if due(runner.save_interval):
+        if self._due(runner.save_interval, before, self.step):
             self.save("last")
 
     def evaluate(self) -> Evaluation:
