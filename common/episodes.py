@@ -99,9 +99,8 @@ def read_episode(path: str | Path, views: tuple[str, ...] | None = ("main_images
     path = Path(path)
     record = _Record(path, load_pickle(path))
     shapes = record.image_shapes()
-    images = {
-        view: record.frames(view, range(record.length + 1)) for view in (shapes if views is None else views)
-    }
+    times = range(record.length + 1)
+    images = {view: np.stack(record.frames(view, times)) for view in (shapes if views is None else views)}
     states = [observation.get("states") for observation in record.observations]
     return Episode(
         path=path,
@@ -123,8 +122,8 @@ def read_episode(path: str | Path, views: tuple[str, ...] | None = ("main_images
     )
 
 
-def read_frames(path: str | Path, view: str, indices: Iterable[int]) -> np.ndarray:
-    """Frames `indices` (in 0..T) of one view: (len(indices), H, W, 3) uint8. Raises like `read_episode`."""
+def read_frames(path: str | Path, view: str, indices: Iterable[int]) -> list[np.ndarray]:
+    """Frames `indices` (in 0..T) of one view, each (H, W, 3) uint8. Raises like `read_episode`."""
     path = Path(path)
     return _Record(path, load_pickle(path)).frames(view, indices)
 
@@ -217,12 +216,11 @@ class _Record:
                 shapes[view] = shape
         return shapes
 
-    def frames(self, view: str, indices: Iterable[int]) -> np.ndarray:
-        """(len(indices), H, W, 3) uint8."""
+    def frames(self, view: str, indices: Iterable[int]) -> list[np.ndarray]:
         images = [self.image(index, view) for index in indices]
         if any(image is None for image in images):
             raise self.error(f"has no view {view}; it has {', '.join(self.image_shapes()) or 'no images'}")
-        return self.stack(view, images, np.uint8)
+        return images
 
 
 def frame_labels(infos: list[dict], label: str = "success", required: bool = False) -> np.ndarray:
@@ -389,33 +387,29 @@ class PayloadFile:
         self._zip = zipfile.ZipFile(path, "w", zipfile.ZIP_STORED)
         # zip64 always: a storage may exceed 2 GiB, and which it will is unknown here
         self._storage = self._zip.open("payload/data/0", "w", force_zip64=True)
-        self._hash = hashlib.sha256()
         self._image_shape: tuple[int, ...] | None = None
         self._num_frames = 0
 
-    def add(self, frames: np.ndarray) -> None:
-        """Append (n, H, W, 3) uint8. Raises ValueError unless all frames have one size."""
-        if (
-            frames.dtype != np.uint8
-            or frames.ndim != 4
-            or frames.shape[1:] != (self._image_shape or frames.shape[1:])
-        ):
-            raise ValueError(
-                f"expected uint8 (n, H, W, 3) like {self._image_shape}, got {frames.dtype} {frames.shape}"
-            )
-        self._image_shape = frames.shape[1:]
-        self._num_frames += len(frames)
-        content = np.ascontiguousarray(frames).reshape(-1).data
-        self._storage.write(content)
-        self._hash.update(content)
+    def add(self, frame: np.ndarray) -> None:
+        """Append one (H, W, 3) uint8 frame. Raises ValueError unless all frames have one size."""
+        if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape != (self._image_shape or frame.shape):
+            wanted = f"uint8 (H, W, 3) like {self._image_shape}"
+            raise ValueError(f"expected {wanted}, got {frame.dtype} {frame.shape}")
+        self._image_shape = frame.shape
+        self._num_frames += 1
+        self._storage.write(np.ascontiguousarray(frame).reshape(-1).data)
 
     def finish(self, labels: list[int], metadata: dict) -> str:
-        """Write the rest. Returns the SHA-256 of frames and labels, in the metadata as `data_hash`."""
+        """Write the rest. Returns `data_hash`, which joins the metadata.
+
+        It is a SHA-256 over the CRC-32 of all frames, which the archive holds anyway, and the labels. It
+        finds mistakes; a hash that finds forgeries would take as long as reading the frames.
+        """
         if len(labels) != self._num_frames or not labels:
             raise ValueError(f"got {len(labels)} labels for {self._num_frames} frames")
         self._storage.close()
-        self._hash.update(bytes(labels))
-        data_hash = self._hash.hexdigest()
+        checksum = self._zip.getinfo("payload/data/0").CRC
+        data_hash = hashlib.sha256(checksum.to_bytes(4, "little") + bytes(labels)).hexdigest()
         structure = _payload_pickle(labels, {**metadata, "data_hash": data_hash}, self._image_shape)
         for name, content in (("data.pkl", structure), ("byteorder", b"little"), ("version", b"3\n")):
             self._zip.writestr(f"payload/{name}", content)
@@ -473,7 +467,7 @@ class RewardDatasetPayload:
         """Write to `path`, whole or not at all. Raises ValueError without images or if their sizes differ."""
         with atomic_write(path) as temporary, PayloadFile(temporary) as file:
             for image in self.images:
-                file.add(image.numpy()[None])
+                file.add(image.numpy())
             file.finish(self.labels, self.metadata)
 
     @classmethod
