@@ -114,24 +114,26 @@ def _by_episode(
 def record_traces(envs, agent, client: RewardClient | None, num_episodes: int, seed: int) -> list[Trace]:
     """Episodes of the deterministic policy with every frame rendered and scored, to be looked at."""
     obs = envs.reset(seed)
-    everyone = torch.arange(envs.num_envs, device=envs.device)
-    frames = [envs.render(everyone)]
+    num_shown = min(num_episodes, envs.num_envs)  # of hundreds of envs the pictures would not fit in memory
+    frames = [envs.render(torch.arange(num_shown, device=envs.device))]
+    render = torch.full((envs.num_envs,), int(Render.NONE), dtype=torch.uint8)
+    render[:num_shown] = int(Render.ALWAYS)
     truth, done = [torch.zeros(envs.num_envs, dtype=torch.bool)], []
-    while not done or not torch.stack(done).any(0).all():
-        step = envs.step(agent.act(obs, deterministic=True).clamp(-1, 1).to(envs.device), Render.ALWAYS)
+    while not done or not torch.stack(done)[:, :num_shown].any(0).all():
+        step = envs.step(agent.act(obs, deterministic=True).clamp(-1, 1).to(envs.device), render)
         obs = step.obs
         frames.append(step.frames)
         truth.append(step.success.cpu())
         done.append(step.done.cpu())
     ends = torch.stack(done).int().argmax(0) + 2  # frames in the first episode of each env
     traces = []
-    for env in range(envs.num_envs):
+    for env in range(num_shown):
         mine = {view: torch.stack([f[view][env] for f in frames[: ends[env]]]) for view in frames[0]}
         prob = np.full(len(mine["main_images"]), np.nan, np.float32)
         if client is not None:
             prob = client.score({view: mine[view] for view in client.views}).success_prob.numpy()
         succeeded = torch.stack(truth)[: ends[env], env].numpy()
         traces.append(Trace(mine["main_images"].cpu().numpy(), prob, succeeded, f"episode {env}"))
-    if len(traces) < num_episodes:
-        traces += record_traces(envs, agent, client, num_episodes - len(traces), seed + 1)
-    return traces[:num_episodes]
+    if num_shown < num_episodes:
+        traces += record_traces(envs, agent, client, num_episodes - num_shown, seed + 1)
+    return traces
