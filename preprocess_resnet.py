@@ -18,12 +18,10 @@ import argparse
 import collections
 import contextlib
 import json
-import platform
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +29,7 @@ from tqdm import tqdm
 
 from common.episodes import VIEWS, PayloadFile, frame_labels, list_episodes, read_episode, read_frames
 from common.files import atomic_write, to_json
-from common.runtime import UserError, run_script
+from common.runtime import UserError, run_script, versions
 
 # -----------------------------------------------------------------------------------------------------------
 # Settings
@@ -267,7 +265,7 @@ def describe(
         "skipped": bad,
         "frames_before_cut": {split: frames.count() for split, frames in before.items()},
         "frames": {split: frames.count() for split, frames in after.items()},
-        "versions": {"python": platform.python_version(), "numpy": np.__version__, "torch": version("torch")},
+        "versions": versions(),
     }
 
 

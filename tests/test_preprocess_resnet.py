@@ -242,7 +242,7 @@ def test_a_missing_view_or_label_names_what_there_is(raw):
 
 def test_other_cameras_or_sizes_name_two_files(raw):
     odd = make(raw, 20, None, render={"fov": 0.6, "pose": (0.0, 1.0)})
-    refuse(raw, rf"cameras \('render'\) differ, .*episode_0_step_0_success.pkl has .* {odd.name} has .*0\.6")
+    refuse(raw, rf"cameras \('render'\) differ, .*episode_0_step_0_success.pkl has .*{odd.name} has .*0\.6")
     make(raw, 20, None, size=8)
     refuse(
         raw,
