@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from common.runtime import UserError
-from common.scenes import VIEWS, EnvConfig, camera_facts, make_base_env, use_low_poly_visuals
+from common.scenes import VIEWS, EnvConfig, camera_facts, make_base_env
 
 
 class Render(IntEnum):
@@ -100,7 +100,6 @@ class ManiSkillEnvs:
         self.on_gpu = self.env.gpu_sim_enabled
         self.seed, self.episode = 0, 0
         self.env.reset(seed=0)
-        self._prepare_visuals()
         self.spec = self._describe()
         self._pending: tuple[torch.Tensor, torch.Tensor] | None = None
 
@@ -154,6 +153,8 @@ class ManiSkillEnvs:
         if len(env_ids) == 0:
             return {}
         scene = self.env.scene
+        for marker in self.env._hidden_objects:  # goal sites, unless they are to be seen
+            marker.hide_visual()
         scene.update_render(update_sensors=True, update_human_render_cameras=False)
         cameras = {view: scene.sensors[view] for view in self.views}
         for camera in cameras.values():
@@ -162,6 +163,8 @@ class ManiSkillEnvs:
         for view, camera in cameras.items():
             rgb = camera.get_obs(rgb=True, depth=False, position=False, segmentation=False)["rgb"]
             frames[view] = rgb if len(env_ids) == self.num_envs else rgb[env_ids]
+        for marker in self.env._hidden_objects:
+            marker.show_visual()
         return frames
 
     def close(self) -> None:
@@ -179,14 +182,6 @@ class ManiSkillEnvs:
     @staticmethod
     def _first_obs(obs_and_info: tuple) -> torch.Tensor:
         return obs_and_info[0]
-
-    def _prepare_visuals(self) -> None:
-        if self.cfg.cameras.show_goal_site:
-            for hidden in self.env._hidden_objects:
-                hidden.show_visual()
-            self.env._hidden_objects.clear()
-        if self.cfg.low_poly:
-            use_low_poly_visuals(self.env.scene)
 
     def _describe(self) -> EnvSpec:
         info = self.env.get_info()

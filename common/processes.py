@@ -4,9 +4,11 @@ Spawned because CUDA and Vulkan do not survive a fork. The child ignores Ctrl-C 
 ends when its parent does, and sends its traceback up before it dies.
 """
 
+import contextlib
 import signal
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 
 import torch.multiprocessing as mp
@@ -28,14 +30,16 @@ class Child:
         self.process = context.Process(
             target=_run_child, args=(target, theirs, *args), name=name, daemon=daemon
         )
-        self.process.start()
+        with _ctrl_c_held_back():
+            self.process.start()
         theirs.close()
 
     def send(self, message) -> None:
         try:
             self.connection.send(message)
         except (BrokenPipeError, ConnectionResetError):
-            self.receive()  # raises with what the child said last
+            while True:  # past the answers that nobody has read yet, to what the child said last
+                self.receive()
 
     def receive(self):
         """The next message. WorkerError if the child failed or died; UserError if it raised one."""
@@ -65,14 +69,24 @@ class Child:
             self.process.join()
 
 
+@contextlib.contextmanager
+def _ctrl_c_held_back() -> Iterator[None]:
+    """A process started in here never sees Ctrl-C, not even while it imports; ours waits until the end."""
+    resource_tracker.ensure_running()  # it would start in here, and unblock the signal again
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
 def _run_child(target: Callable, connection: Connection, *args) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     set_threads(1)
     try:
         target(connection, *args)
-    except EOFError:
-        return  # the parent closed its end or is gone
-    except UserError as error:
-        connection.send(("user error", str(error)))
-    except Exception:
-        connection.send(("error", traceback.format_exc()))
+    except Exception as error:
+        user = isinstance(error, UserError)
+        report = ("user error", str(error)) if user else ("error", traceback.format_exc())
+        # an OSError here: the parent has closed its end or is gone, which is also what ended `target`
+        with contextlib.suppress(OSError):
+            connection.send(report)

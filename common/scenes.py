@@ -5,8 +5,10 @@ ManiSkill class with two cameras in place of its sensors: `main_images` (the tas
 `extra_view_images` (the pose of the task's human render camera), both movable in the config.
 """
 
+import contextlib
 import difflib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -92,6 +94,11 @@ class EnvConfig:
             raise ValueError(f"num_envs must be at least 1, got {self.num_envs}")
         if self.max_episode_steps < 1:
             raise ValueError(f"max_episode_steps must be at least 1, got {self.max_episode_steps}")
+        if self.data_collection.only_success and self.ignore_terminations:
+            raise ValueError(
+                "data_collection.only_success keeps episodes that terminated, and ignore_terminations: true "
+                "lets none; set one of them to false"
+            )
 
     @property
     def backend(self) -> str:
@@ -117,17 +124,17 @@ class EnvConfig:
 
 
 def make_base_env(cfg: EnvConfig, num_envs: int):
-    """The task's own class with two cameras of ours in place of its sensors."""
-    import mani_skill.envs  # noqa: F401  registers the tasks
-    from mani_skill.utils.registration import REGISTERED_ENVS
+    """The task's own class with two cameras of ours in place of its sensors.
 
-    if cfg.task not in REGISTERED_ENVS:
-        near = difflib.get_close_matches(cfg.task, REGISTERED_ENVS, n=1)
-        hint = f", did you mean '{near[0]}'?" if near else ""
-        raise UserError(f"env.task: ManiSkill has no task '{cfg.task}'{hint}")
+    UserError for an unknown task, a download it wants, a control or reward mode it lacks, a missing GPU.
+    """
+    registered = _registered(cfg.task)
+    if "gpu" in (cfg.backend, cfg.renderer) and not torch.cuda.is_available():
+        raise UserError(
+            "env.sim_backend / render_backend: gpu asked for, but torch sees no GPU; use 'auto' or 'cpu'"
+        )
     if cfg.backend == "cpu" and num_envs != 1:
         raise ValueError("PhysX on the CPU holds one env per scene")
-    registered = REGISTERED_ENVS[cfg.task]
 
     class WithCameras(registered.cls):
         @property
@@ -136,25 +143,71 @@ def make_base_env(cfg: EnvConfig, num_envs: int):
                 cfg, super()._default_sensor_configs, self._default_human_render_camera_configs
             )
 
+        def _after_reconfigure(self, options):
+            # some tasks build their scene anew at every reset (PegInsertionSide)
+            super()._after_reconfigure(options)
+            if cfg.cameras.show_goal_site:
+                self._hidden_objects.clear()
+            if cfg.low_poly:
+                use_low_poly_visuals(self.scene)
+
     kwargs = dict(registered.default_kwargs)
     kwargs.pop("sensor_configs", None)
     if cfg.control_freq is not None:
         kwargs["sim_config"] = {"control_freq": cfg.control_freq}
     try:
-        return WithCameras(
-            num_envs=num_envs,
-            obs_mode="state",
-            reward_mode=cfg.reward_mode,
-            control_mode=cfg.control_mode,
-            sim_backend="physx_cuda" if cfg.backend == "gpu" else "physx_cpu",
-            render_backend=cfg.renderer,
-            sensor_configs={"shader_pack": cfg.cameras.shader},
-            **kwargs,
-        )
-    except EOFError as error:  # ManiSkill asks at the terminal before it downloads
+        with _no_questions(cfg.task):
+            return WithCameras(
+                num_envs=num_envs,
+                obs_mode="state",
+                reward_mode=cfg.reward_mode,
+                control_mode=cfg.control_mode,
+                sim_backend="physx_cuda" if cfg.backend == "gpu" else "physx_cpu",
+                render_backend=cfg.renderer,
+                sensor_configs={"shader_pack": cfg.cameras.shader},
+                **kwargs,
+            )
+    except (AssertionError, NotImplementedError) as error:  # how ManiSkill refuses modes
         raise UserError(
-            f"task {cfg.task} needs assets: run python -m mani_skill.utils.download_asset {cfg.task}"
+            f"task {cfg.task} lacks control_mode {cfg.control_mode} or reward_mode {cfg.reward_mode}: {error}"
         ) from error
+
+
+def _registered(task: str):
+    """ManiSkill's entry for a task whose assets are all here."""
+    import mani_skill.envs  # noqa: F401  registers the tasks
+    from mani_skill.utils import assets
+    from mani_skill.utils.registration import REGISTERED_ENVS
+
+    if task not in REGISTERED_ENVS:
+        near = difflib.get_close_matches(task, REGISTERED_ENVS, n=1)
+        hint = f", did you mean '{near[0]}'?" if near else ""
+        raise UserError(f"env.task: ManiSkill has no task '{task}'{hint}")
+    sources = assets.expand_data_group_into_individual_data_source_ids(task)
+    if not all(assets.is_data_source_downloaded(source) for source in sources):
+        raise _needs_download(task, task)
+    return REGISTERED_ENVS[task]
+
+
+def _needs_download(task: str, what: str) -> UserError:
+    return UserError(
+        f"task {task} needs assets that are not here: run python -m mani_skill.utils.download_asset {what}"
+    )
+
+
+@contextlib.contextmanager
+def _no_questions(task: str) -> Iterator[None]:
+    """ManiSkill asks at the terminal before it downloads a robot; a run must not wait for an answer."""
+    from mani_skill.utils import download_asset
+
+    def refuse(question: str):  # "Robot <name> has assets available for download. ..."
+        raise _needs_download(task, question.split()[1])
+
+    ask, download_asset.prompt_yes_no = download_asset.prompt_yes_no, refuse
+    try:
+        yield
+    finally:
+        download_asset.prompt_yes_no = ask
 
 
 def _camera_configs(cfg: EnvConfig, task_sensors, human_camera) -> list:
@@ -186,14 +239,6 @@ def camera_facts(camera) -> dict[str, Any]:
         "width": camera.width,
         "height": camera.height,
     }
-
-
-def _leaves(tree: dict, prefix: str = ""):
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, prefix)
-        else:
-            yield prefix + key, value
 
 
 # ----------------------------------------------------------------------------------------------------
