@@ -1,0 +1,156 @@
+"""The whole workflow, small and for real: what `make demo` runs.
+
+    python benchmarks/demo.py                            # one seed, about 6 minutes on 2 idle cores
+    python benchmarks/demo.py --seeds 0 1 2 --control    # the README's table; the control is paid nothing
+
+Runs the plain commands of the workflow, each printed before it runs, and collects their numbers in
+`logs/demo/summary.json`. An earlier `logs/demo` is moved aside, never overwritten. With several seeds every
+stage is run anew for each one, in `logs/demo-seed<N>`, and the table is written to
+`benchmarks/results/demo.json` too.
+"""
+
+import argparse
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from common.files import load_json, save_json  # noqa: E402  the checkout is not installed
+from common.runtime import run_script, versions  # noqa: E402
+
+
+def stages(folder: str, seed: int) -> dict[str, list[str]]:
+    """Name -> plain command. The shipped configs say logs/demo; the command line says what differs."""
+    seeded = [f"runner.seed={seed}"] if seed else []
+    collect, train, rl = list(seeded), list(seeded), list(seeded)
+    if folder != "logs/demo":
+        collect += [f"runner.logger.log_path={folder}/collect"]
+        train += [
+            f"runner.logger.log_path={folder}/resnet",
+            f"data.train_data_paths={folder}/reward_data/train.pt",
+        ]
+        train += [f"data.val_data_paths={folder}/reward_data/val.pt"]
+        rl += [f"runner.logger.log_path={folder}/rl", f"reward.model.model_path={folder}/resnet/checkpoint"]
+        rl += [f"algorithm.prior_data={folder}/collect/collected_data"]
+    preprocess = [
+        "--raw-data-path",
+        f"{folder}/collect/collected_data",
+        "--output-dir",
+        f"{folder}/reward_data",
+    ]
+    return {
+        "collect": ["collect.py", "configs/demo_collect.yaml", *collect],
+        "preprocess": ["preprocess_resnet.py", *preprocess],
+        "train": ["train_resnet.py", "configs/demo_resnet.yaml", *train],
+        "rl": ["rl_train.py", "configs/demo_rl.yaml", *rl],
+    }
+
+
+def run_stage(command: list[str]) -> float:
+    """Print and run one command from the checkout. -> seconds."""
+    print(f"\n$ python {shlex.join(command)}", flush=True)
+    start = time.perf_counter()
+    code = subprocess.run([sys.executable, *command], cwd=ROOT).returncode
+    if code:
+        sys.exit(code)
+    return round(time.perf_counter() - start, 1)
+
+
+def run_demo(folder: str, seed: int) -> dict:
+    """All stages for one seed. -> what logs/demo/summary.json holds."""
+    _move_aside(ROOT / folder)
+    start = time.perf_counter()
+    seconds = {name: run_stage(command) for name, command in stages(folder, seed).items()}
+    seconds["all"] = round(time.perf_counter() - start, 1)
+    collect = load_json(ROOT / folder / "collect" / "summary.json")
+    rl = load_json(ROOT / folder / "rl" / "summary.json")
+    kept = (
+        "true_success_once",
+        "true_success_at_end",
+        "learned_success",
+        "hack_gap",
+        "num_episodes",
+        "best_step",
+    )
+    summary = {
+        "seed": seed,
+        **{name: rl[name] for name in kept},
+        "seconds": seconds,
+        "env_steps": {"collect": collect["env_steps"], "rl": rl["env_steps"]},
+        "versions": versions(),
+    }
+    save_json(summary, ROOT / folder / "summary.json")
+    return summary
+
+
+def run_control(folder: str, seed: int) -> dict:
+    """The same RL on the same data, paid nothing: what the learned reward adds is the difference."""
+    command = stages(folder, seed)["rl"]
+    command = [part for part in command if not part.startswith("runner.logger.log_path=")]
+    run_stage([*command, f"runner.logger.log_path={folder}/control", "reward.reward_weight=0"])
+    return load_json(ROOT / folder / "control" / "summary.json")
+
+
+def _move_aside(folder: Path) -> None:
+    if folder.exists():
+        stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(folder.stat().st_mtime))
+        aside = folder.with_name(f"{folder.name}-{stamp}")
+        folder.rename(aside)
+        print(f"moved the earlier {folder.name} to {aside.name}")
+
+
+def print_report(folder: str, summary: dict) -> None:
+    print(f"\n{'stage':<12}{'seconds':>9}")
+    for name, seconds in summary["seconds"].items():
+        print(f"{name:<12}{seconds:>9}")
+    truth = f"{summary['true_success_once']:.2f} once, {summary['true_success_at_end']:.2f} at the end"
+    print(f"\nTRUE success in {summary['num_episodes']} fresh episodes: {truth}")
+    print(f"by the reward model: {summary['learned_success']:.2f} (gap {summary['hack_gap']:+.1f} points)")
+    print(f"look at {folder}/rl/eval.mp4, {folder}/rl/scores.png, {folder}/rl/curves.png")
+
+
+def print_table(rows: list[dict]) -> None:
+    """Markdown, for the README."""
+    print(
+        "\n| seed | true success once | at the end | learned | gap, points | paid nothing: true once | seconds |"
+    )
+    print("|---|---|---|---|---|---|---|")
+    for row in rows:
+        control = f"{row['control']['true_success_once']:.2f}" if "control" in row else "-"
+        print(
+            f"| {row['seed']} | {row['true_success_once']:.2f} | {row['true_success_at_end']:.2f} "
+            f"| {row['learned_success']:.2f} | {row['hack_gap']:+.1f} | {control} "
+            f"| {row['seconds']['all']:.0f} |"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of every stage (default 0)")
+    parser.add_argument("--seeds", type=int, nargs="+", help="run them all and print the table")
+    parser.add_argument("--control", action="store_true", help="also the zero-reward control")
+    args = parser.parse_args()
+    if args.seeds is None:
+        summary = run_demo("logs/demo", args.seed)
+        print_report("logs/demo", summary)
+        if args.control:
+            print_table([{**summary, "control": run_control("logs/demo", args.seed)}])
+        return
+    rows = []
+    for seed in args.seeds:
+        folder = f"logs/demo-seed{seed}"
+        rows.append(run_demo(folder, seed))
+        if args.control:
+            rows[-1]["control"] = run_control(folder, seed)
+    print_table(rows)
+    save_json(rows, ROOT / "benchmarks" / "results" / "demo.json")
+
+
+if __name__ == "__main__":
+    run_script(main)
