@@ -27,8 +27,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from common.episodes import VIEWS, PayloadFile, frame_labels, list_episodes, read_episode, read_frames
+from common.episodes import VIEWS, frame_labels, list_episodes, read_episode, read_frames
 from common.files import atomic_write, to_json
+from common.payload import PayloadFile
 from common.runtime import UserError, run_script, versions
 
 # -----------------------------------------------------------------------------------------------------------

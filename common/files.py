@@ -12,13 +12,15 @@ import secrets
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
-import torch
 
 from common.runtime import UserError
-from common.unpickle import RefusedError, unpickle
+from common.unpickle import RefusedError, is_tensor, unpickle
+
+if TYPE_CHECKING:  # imported where needed: costs 0.5 GB and seconds
+    import torch
 
 # ----------------------------------------------------------------------------------------------------
 # Writing
@@ -57,6 +59,8 @@ def fsync(path: Path) -> None:
 def save_torch(obj: Any, path: str | Path) -> None:
     """`torch.save`, whole or not at all."""
     with atomic_write(path) as temporary:
+        import torch
+
         torch.save(obj, temporary)
 
 
@@ -75,7 +79,7 @@ def to_json(obj: Any, indent: int | None = None) -> str:
 
 
 def _plain(obj: Any) -> Any:
-    if isinstance(obj, torch.Tensor | np.ndarray):
+    if isinstance(obj, np.ndarray) or is_tensor(obj):
         return _plain(obj.tolist())
     if isinstance(obj, np.generic):
         return _plain(obj.item())
@@ -124,11 +128,13 @@ def new_run_dir(log_path: str | None, experiment_name: str, may_append: bool = F
 # Reading
 
 
-def load_torch(path: str | Path, mmap: bool = False, map_location: str | torch.device = "cpu") -> Any:
+def load_torch(path: str | Path, mmap: bool = False, map_location: "str | torch.device" = "cpu") -> Any:
     """`torch.load` of tensors and plain containers. Raises UserError if `path` is missing or cannot be read.
 
     `mmap` leaves the tensors on the disk until they are touched.
     """
+    import torch
+
     _check_is_file(path)
     try:
         return torch.load(path, weights_only=True, mmap=mmap, map_location=map_location)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.episodes import RewardDatasetPayload
+from common.payload import RewardDatasetPayload
 from common.runtime import UserError
 
 

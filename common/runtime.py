@@ -5,9 +5,12 @@ import random
 import sys
 from collections.abc import Callable
 from importlib.metadata import version
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 
 class UserError(Exception):
@@ -26,8 +29,10 @@ def run_script(main: Callable[[], None]) -> None:
         sys.exit(130)
 
 
-def pick_device(name: str) -> torch.device:
-    """`auto` -> the first GPU if there is one, else the CPU; anything else as torch spells it (`cpu`, `cuda:1`)."""
+def pick_device(name: str) -> "torch.device":
+    """`auto` -> the first GPU if there is one, else the CPU; else as torch spells it (`cpu`, `cuda:1`)."""
+    import torch  # late: costs 0.5 GB and seconds, and not every script needs it
+
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(name)
@@ -37,12 +42,16 @@ def pick_device(name: str) -> torch.device:
 
 
 def set_threads(num_threads: int) -> None:
-    """Threads of torch in this process. 1 by default everywhere: threads that fight for cores cost up to 10x."""
+    """Threads of torch in this process. 1 by default: threads that fight for cores cost up to 10x."""
+    import torch
+
     torch.set_num_threads(num_threads)
 
 
 def seed_everything(seed: int) -> None:
     """Seed Python, numpy and torch (all devices)."""
+    import torch
+
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002  libraries below us read numpy's global generator
     torch.manual_seed(seed)

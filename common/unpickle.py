@@ -9,13 +9,16 @@ value; `_settle` puts the finished arrays in their places.
 
 import pickle
 import re
+import sys
 from collections import OrderedDict
 from collections.abc import Callable
 from io import BytesIO
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:  # imported where a pickle names it: costs 0.5 GB and seconds
+    import torch
 
 
 class RefusedError(pickle.UnpicklingError):
@@ -112,6 +115,8 @@ class _Storage:
     __slots__ = ("flat",)
 
     def __init__(self, content: bytes):
+        import torch
+
         try:
             storage = torch.load(BytesIO(content), weights_only=True, map_location="cpu")
         except pickle.UnpicklingError as error:
@@ -126,7 +131,7 @@ class _Storage:
 
 def _tensor(
     storage: _Storage, offset: int, size: tuple, stride: tuple, _requires_grad: bool, _hooks: dict
-) -> torch.Tensor:
+) -> "torch.Tensor":
     return storage.flat.as_strided(size, stride, offset)  # unlike torch's own function, it checks the bounds
 
 
@@ -169,7 +174,13 @@ class _DataUnpickler(pickle.Unpickler):
             raise RefusedError(f"{module}.{name}") from None
 
 
-_LEAVES = frozenset({type(None), bool, int, float, complex, str, bytes, bytearray, torch.Tensor})
+_LEAVES = frozenset({type(None), bool, int, float, complex, str, bytes, bytearray})
+
+
+def is_tensor(value: Any) -> bool:
+    """Whether `value` is a torch tensor, without importing torch: where nobody did, nothing is one."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(value, torch.Tensor)
 
 
 def _settle(value: Any, seen: set[int]) -> Any:
@@ -185,6 +196,8 @@ def _settle(value: Any, seen: set[int]) -> Any:
         settled = tuple(_settle(item, seen) for item in value)
         return settled if any(new is not old for new, old in zip(settled, value, strict=True)) else value
     if kind not in (dict, OrderedDict, list, set, frozenset, np.ndarray):
+        if is_tensor(value):
+            return value
         raise RefusedError(value.name if kind is _Builder else f"{kind.__module__}.{kind.__qualname__}")
     if id(value) in seen:
         return value

@@ -10,15 +10,13 @@ import torch
 
 from common.episodes import (
     EpisodeWriter,
-    PayloadFile,
-    RewardBinaryDataset,
-    RewardDatasetPayload,
     frame_labels,
     list_episodes,
     read_episode,
     read_frames,
     write_episode,
 )
+from common.payload import PayloadFile, RewardBinaryDataset, RewardDatasetPayload
 from common.runtime import UserError
 
 T = 3

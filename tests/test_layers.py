@@ -27,7 +27,7 @@ LEVELS = [
         "ranks",
     ],
     # 1 data and pure functions
-    ["episodes", "frames", "trend", "history", "rewards", "metrics"],
+    ["episodes", "payload", "frames", "trend", "history", "rewards", "metrics"],
     # 2 things with weights
     ["nets", "buffers", "ppo", "sac", "training", "resnets", "resnet_reward", "qwen_reward"],
     # 3 the world
@@ -45,7 +45,7 @@ WITHIN_LEVEL = {
     "files": {"config", "log", "timing", "checkpoint"},
     "declarations": {"config"},
     "yaml_tree": {"config"},
-    "episodes": {"frames"},
+    "payload": {"frames"},
     "nets": {"ppo", "sac"},
     "buffers": {"ppo", "sac"},
     "resnets": {"resnet_reward"},

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import preprocess_resnet as script
-from common.episodes import RewardDatasetPayload, list_episodes, read_episode, write_episode
+from common.episodes import list_episodes, read_episode, write_episode
+from common.payload import RewardDatasetPayload
 from common.runtime import UserError
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -13,8 +13,8 @@ import torch
 
 import train_resnet
 from common import config
-from common.episodes import RewardDatasetPayload
 from common.frames import AugmentConfig, BatchIndices, augment, load_frames, random_shift
+from common.payload import RewardDatasetPayload
 from common.ranks import Ranks
 from common.resnet_reward import ResNetRewardConfig, ResNetRewardModel, load_reward_model
 from common.runtime import UserError
