@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from common.fast_control import use_fast_control
 from common.runtime import UserError
 from common.scenes import VIEWS, EnvConfig, camera_facts, make_base_env
 
@@ -96,6 +97,7 @@ class ManiSkillEnvs:
     def __init__(self, cfg: EnvConfig, num_envs: int, first_env: int = 0, views: tuple[str, ...] = VIEWS):
         self.cfg, self.num_envs, self.first_env, self.views = cfg, num_envs, first_env, views
         self.env = make_base_env(cfg, num_envs)
+        use_fast_control(self.env.agent)
         self.device = self.env.device
         self.on_gpu = self.env.gpu_sim_enabled
         self.seed, self.episode = 0, 0

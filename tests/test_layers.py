@@ -29,7 +29,7 @@ LEVELS = [
     # 1 data and pure functions
     ["episodes", "payload", "frames", "trend", "history", "rewards", "metrics"],
     # 2 things with weights
-    ["nets", "buffers", "ppo", "sac", "training", "resnets", "resnet_reward", "qwen_reward"],
+    ["nets", "buffers", "ppo", "sac", "training", "resnets", "resnet_reward", "qwen_reward", "fast_control"],
     # 3 the world
     ["scenes", "envs", "wrappers", "scripted", "devices", "arms", "franka"],
     # 4 other processes, pictures
