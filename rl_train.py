@@ -33,7 +33,7 @@ from common.rewards import Audit, add_bootstrap, combine_reward
 from common.run import Run, RunnerConfig
 from common.runtime import UserError, pick_device, run_script, seed_everything, set_threads, versions
 from common.sac import SAC, SACConfig
-from common.scenes import VIEWS, EnvConfig
+from common.scenes import VIEWS, DataCollectionConfig, EnvConfig
 from common.wrappers import EpisodeRecorder
 
 PUBLISH_EVERY = 10  # updates between two handings of fresh weights to an asynchronous rollout
@@ -68,6 +68,20 @@ class Config:
             raise ValueError(
                 "runner.async_rollout is for SAC; PPO learns from its own policy's rollout alone"
             )
+        if self.runner.async_rollout and self.env.train.data_collection.enabled:
+            raise ValueError(
+                "env.train.data_collection cannot record an asynchronous rollout; use env.eval's"
+            )
+        if self.algorithm.name == "ppo" and self.actor.model.norm_obs:
+            raise ValueError("actor.model.norm_obs takes mean and std from prior data, which PPO has none of")
+        if not self.reward.use_reward_model and self.reward.env_reward_weight == 0:
+            raise ValueError("nobody pays: set reward.use_reward_model, or reward.env_reward_weight to 1")
+        for key in ("task", "control_mode"):
+            train, evaluation = vars(self.env.train)[key], vars(self.env.eval)[key]
+            if train != evaluation:
+                raise ValueError(f"env.train.{key} is {train}, but env.eval.{key} {evaluation}; use one")
+        if self.env.train.data_collection.enabled and self.env.eval.data_collection.enabled:
+            raise ValueError("data_collection is on for env.train and for env.eval; record one of them")
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -194,6 +208,7 @@ def train_sac_async(cfg: Config, run: Run, agent: SAC, client: RewardClient | No
         optim=cfg.actor.optim,
         seed=cfg.runner.seed + run.step,
         random_steps=max(0, cfg.algorithm.learning_starts - run.step),
+        log_interval=cfg.runner.log_interval,
     )
     updates, losses, metrics = 0, {}, {}
     with AsyncRollout(rollout_cfg, agent.actor_state()) as rollout:
@@ -218,13 +233,12 @@ def train_sac_async(cfg: Config, run: Run, agent: SAC, client: RewardClient | No
 # ----------------------------------------------------------------------------------------------------
 
 
-def open_envs(cfg: EnvConfig, views: tuple[str, ...], folder: Path, pool: EnvPool, stack: ExitStack):
-    """Envs that render `views`, recorded in both views where `data_collection` says so."""
-    data = cfg.data_collection
+def record(envs, data: DataCollectionConfig, folder: Path, stack: ExitStack):
+    """The envs, with a recorder around them where `data_collection` says so."""
     if not data.enabled:
-        return pool.make(cfg, views)
+        return envs
     writer = stack.enter_context(EpisodeWriter(data.save_dir or folder / "collected_data"))
-    return EpisodeRecorder(pool.make(cfg, VIEWS), data, writer)
+    return EpisodeRecorder(envs, data, writer)
 
 
 def learn(cfg: Config, run: Run, agent: PPO | SAC, client: RewardClient | None, make_train_envs) -> None:
@@ -253,16 +267,19 @@ def main() -> None:
     start = time.perf_counter()
     set_threads(cfg.runner.num_threads)
     seed_everything(cfg.runner.seed)
-    if cfg.env.train.data_collection.enabled and cfg.env.eval.data_collection.enabled:
-        raise UserError("data_collection is on for env.train and for env.eval; record one of them")
     folder = new_run_dir(cfg.runner.logger.log_path, cfg.runner.logger.experiment_name)
     config.save(cfg, folder / "config.yaml")
     with ExitStack() as stack:
         pool = stack.enter_context(EnvPool(cfg.env.train.num_workers, cfg.env.train.num_envs))
         client = stack.enter_context(make_reward_client(cfg.reward)) if cfg.reward.use_reward_model else None
-        eval_envs = open_envs(cfg.env.eval, VIEWS, folder, pool, stack)
-        if client is not None:
-            client.check_render(eval_envs.spec.render)
+
+        def open_envs(section: EnvConfig, views: tuple[str, ...]):
+            envs = pool.make(section, VIEWS if section.data_collection.enabled else views)
+            if client is not None:
+                client.check_render(envs.spec.render)
+            return record(envs, section.data_collection, folder, stack)
+
+        eval_envs = open_envs(cfg.env.eval, VIEWS)
         parts = (cfg.algorithm, cfg.actor.model, cfg.actor.optim, eval_envs.spec)
         agent = build_agent(*parts, pick_device(cfg.runner.device))
         log = stack.enter_context(RunLog(folder, cfg.runner.logger.logger_backends))
@@ -272,7 +289,7 @@ def main() -> None:
             run.resume(Path(cfg.runner.resume_dir))
         else:
             views = client.views if client is not None else ()
-            learn(cfg, run, agent, client, lambda: open_envs(cfg.env.train, views, folder, pool, stack))
+            learn(cfg, run, agent, client, lambda: open_envs(cfg.env.train, views))
         trained = time.perf_counter()
         summary = run.report(fps=cfg.env.eval.control_freq or 20)
     seconds = {"training": round(trained - start, 1), "evaluation": round(time.perf_counter() - trained, 1)}

@@ -40,7 +40,7 @@ def agent_meta(
     }
 
 
-def check_agent(meta: dict, spec: EnvSpec, folder: Path) -> None:
+def check_task(meta: dict, spec: EnvSpec, folder: Path) -> None:
     """UserError where a checkpoint belongs to another task."""
     theirs = (meta["task"], meta["obs_dim"], meta["action_dim"])
     ours = (spec.task, spec.obs_dim, spec.action_dim)
@@ -50,10 +50,23 @@ def check_agent(meta: dict, spec: EnvSpec, folder: Path) -> None:
         )
 
 
+# Settings of `algorithm` that decide which tensors an agent has; all of `actor.model` does.
+SHAPING = ("name", "num_critics", "critic_layer_norm", "auto_alpha")
+
+
+def check_same_agent(meta: dict, ours: dict, folder: Path) -> None:
+    """UserError where a checkpoint's agent (its `agent_meta`) cannot go on as the one of the config."""
+    pairs = {f"algorithm.{key}": (meta["algorithm"].get(key), ours["algorithm"].get(key)) for key in SHAPING}
+    pairs |= {f"actor.model.{key}": (meta["model"].get(key), value) for key, value in ours["model"].items()}
+    for key, (theirs, here) in pairs.items():
+        if theirs != here:
+            raise UserError(f"{folder} was trained with {key} {theirs}, but the config says {here}")
+
+
 def load_agent(folder: Path, spec: EnvSpec, device: torch.device) -> PPO | SAC:
     """The agent of a checkpoint, for acting. UserError if it belongs to another task."""
     state, meta = load_checkpoint(folder, device)
-    check_agent(meta, spec, folder)
+    check_task(meta, spec, folder)
     algorithm_type = {"ppo": PPOConfig, "sac": SACConfig}[meta["algorithm"]["name"]]
     agent = build_agent(
         from_dict(algorithm_type, meta["algorithm"], str(folder)),

@@ -35,6 +35,7 @@ class RolloutConfig:
     optim: OptimConfig
     seed: int
     random_steps: int  # env steps of uniform random actions first
+    log_interval: int  # env steps between two sets of metrics
 
 
 class SharedWeights:
@@ -97,10 +98,12 @@ def _rollout(connection: Connection, cfg: RolloutConfig, weights: SharedWeights)
     pool = EnvPool(cfg.env.num_workers, cfg.env.num_envs)
     try:
         envs = pool.make(cfg.env, client.views if client is not None else ())
+        if client is not None:
+            client.check_render(envs.spec.render)
         agent = build_agent(cfg.algorithm, cfg.model, cfg.optim, envs.spec, envs.device)
         rollout = Rollout(envs, client, cfg.reward, cfg.algorithm.bootstrap_type)
         rollout.reset(cfg.seed)
-        steps, version = 0, -1
+        steps, version, told_at = 0, -1, 0
         while not connection.poll():  # a closed pipe polls true: the learner is done
             batch = []
             for _ in range(SEND_EVERY):
@@ -115,7 +118,10 @@ def _rollout(connection: Connection, cfg: RolloutConfig, weights: SharedWeights)
                 steps += envs.num_envs
             if batch:
                 joined = {name: torch.cat([b[name] for b in batch]).cpu().numpy() for name in batch[0]}
-                connection.send(("ok", (joined, SEND_EVERY * envs.num_envs, rollout.metrics())))
+                metrics = {}
+                if steps - told_at >= cfg.log_interval:  # rates of fewer episodes would say little
+                    metrics, told_at = rollout.metrics(), steps
+                connection.send(("ok", (joined, SEND_EVERY * envs.num_envs, metrics)))
     except (BrokenPipeError, ConnectionResetError):
         pass  # the learner closed its end while a message was on its way
     finally:

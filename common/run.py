@@ -4,7 +4,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from common.agents import check_agent
+from common.agents import check_same_agent, check_task
 from common.buffers import ReplayBuffer
 from common.checkpoint import load_checkpoint, rng_state, save_checkpoint, set_rng_state
 from common.evaluation import Evaluation, evaluate, record_traces
@@ -101,9 +101,10 @@ class Run:
         save_checkpoint(self.folder / "checkpoints" / name, state, meta)
 
     def resume(self, folder: Path) -> None:
-        """Go on from a checkpoint of an earlier run. UserError if it belongs to another task."""
+        """Go on from a checkpoint of an earlier run. UserError if it belongs to another task or agent."""
         state, meta = load_checkpoint(folder, self.agent.device)
-        check_agent(meta, self.eval_envs.spec, folder)
+        check_task(meta, self.eval_envs.spec, folder)
+        check_same_agent(meta, self.agent_meta, folder)
         self.agent.load_state_dict(state["agent"])
         self.step = self.logged_step = meta["step"]
         if self.buffer is not None and state.get("buffer") is not None:
