@@ -44,8 +44,8 @@ def _is_known(controller) -> bool:
 
 class MoveBy:
     """`PDEEPosController.set_action` for one env: the joints are driven to where the end effector stands
-    `action` further, along the axes of the robot's root, in its present orientation. What the method remembers
-    of its last target is not kept: only interpolation and `use_target` read it."""
+    `action` further, along the axes of the robot's root, in its present orientation. What the method
+    remembers of its last target is not kept: only interpolation and `use_target` read it."""
 
     def __init__(self, controller: "PDEEPosController"):
         self.controller = controller
