@@ -29,7 +29,7 @@ class EpisodeRecorder:
 
     def step_async(self, action: torch.Tensor, render: Render | torch.Tensor = Render.NONE) -> None:
         self._action = action.detach().cpu().numpy().copy()
-        self._asked = torch.as_tensor(int(render)) if isinstance(render, Render) else render
+        self._asked = torch.as_tensor(int(render)) if isinstance(render, Render) else render.cpu()
         self.envs.step_async(action, Render.RECORD)
 
     def step_wait(self) -> Step:
@@ -42,7 +42,7 @@ class EpisodeRecorder:
         for i in range(self.num_envs):
             episode = self._episodes[i]
             episode["observations"].append(self._observation(step.next_obs[i], step.frames, i))
-            episode["actions"].append(self._action[i])
+            episode["actions"].append(self._action[i].copy())
             episode["rewards"].append(env_reward[i])
             episode["terminated"].append(terminated[i])
             episode["truncated"].append(truncated[i])
@@ -78,7 +78,8 @@ class EpisodeRecorder:
 
     @staticmethod
     def _observation(obs: torch.Tensor, frames: dict[str, torch.Tensor], row: int) -> dict:
-        observation = {view: images[row].cpu().numpy() for view, images in frames.items()}
+        # copies: a view would keep the pictures of all envs for as long as this episode waits
+        observation = {view: images[row].cpu().numpy().copy() for view, images in frames.items()}
         if "extra_view_images" in observation:
             observation["extra_view_images"] = observation["extra_view_images"][None]  # (V=1, H, W, 3)
         return {**observation, "states": obs.cpu().numpy().copy()}
