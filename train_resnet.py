@@ -22,19 +22,19 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
-from common.log import LoggerConfig, RunLog
 from tqdm import tqdm
 
 from common import config
 from common.files import new_run_dir, save_json
 from common.frames import AugmentConfig, BatchIndices, FrameSet, augment, check_same_cameras, load_frames
+from common.log import LoggerConfig, RunLog
 from common.metrics import ThresholdRule, choose_threshold, score_metrics
 from common.ranks import Ranks
 from common.resnet_reward import ResNetRewardConfig, ResNetRewardModel, load_resnet
 from common.runtime import UserError, run_script, seed_everything, set_threads
 from common.training import AdamWConfig, EarlyStop, EarlyStopConfig, build_adamw
 
-NUM_GOLDEN = 8  # validation frames kept in the checkpoint, evenly from the lowest score to the highest
+NUM_GOLDEN = 4  # validation frames kept in the checkpoint: so many of the least decided, so many of the most
 
 # ----------------------------------------------------------------------------------------------------
 # Settings
@@ -223,8 +223,8 @@ class Judge:
             "val_metrics": card,
             "step": step,
         }
-        order = np.argsort(success_prob)
-        golden = self.val_set.batch(order[np.linspace(0, len(order) - 1, NUM_GOLDEN).astype(int)])
+        order = np.argsort(np.abs(success_prob - threshold))  # where a small change would matter, first
+        golden = self.val_set.batch(np.concatenate([order[:NUM_GOLDEN], order[-NUM_GOLDEN:]]))
         merit = (round(card["auprc"], 4), -card["loss"])
         if merit > self.best_merit:
             self.best, self.best_merit = meta, merit
