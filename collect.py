@@ -42,6 +42,13 @@ class PolicyConfig:
     noise: tuple[float, float] = (0.0, 0.0)  # sd of the noise on actions in [-1, 1]
     stop_after: tuple[float, float] = (1.0, 1.0)  # fraction of the episode; then only the noise acts
 
+    def __post_init__(self):
+        if self.weight < 0:
+            raise ValueError(f"weight must be 0 or more, got {self.weight}")
+        for name, (low, high) in (("noise", self.noise), ("stop_after", self.stop_after)):
+            if not 0 <= low <= high:
+                raise ValueError(f"{name} is a range [low, high] from 0 up, got [{low}, {high}]")
+
 
 @dataclass
 class RandomPolicy(PolicyConfig):
@@ -62,6 +69,7 @@ class CheckpointPolicy(PolicyConfig):
     deterministic: bool = False
 
     def __post_init__(self):
+        super().__post_init__()
         if not self.path:
             raise ValueError("a checkpoint policy needs the path of a checkpoint folder of rl_train.py")
 
@@ -91,6 +99,12 @@ class Config:
     policies: list[RandomPolicy | ScriptedPolicy | CheckpointPolicy] = field(
         default_factory=lambda: [RandomPolicy()]
     )
+
+    def __post_init__(self):
+        if not sum(policy.weight for policy in self.policies) > 0:
+            raise ValueError("policies: name at least one with a weight above 0")
+        if self.runner.num_failures is not None and self.env.eval.data_collection.only_success:
+            raise ValueError("runner.num_failures is never reached where only_success keeps no failures")
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -167,20 +181,21 @@ def episodes_present(folder: Path, render: dict) -> tuple[int, int]:
     return len(paths), sum(path.stem.endswith("_success") for path in paths)
 
 
-def collect(cfg: Config, folder: Path) -> dict:
+def collect(cfg: Config, run_dir: Path, folder: Path) -> dict:
     """Fill `folder` up to the stop rule. -> the numbers of this start, for the table and summary.json."""
     env, runner = cfg.env.eval, cfg.runner
     by_policy = [{"policy": p.name, "episodes": 0, "success_once": 0} for p in cfg.policies]
     with EnvPool(env.num_workers, env.num_envs) as pool:
         envs = pool.make(env)
         before, successes_before = episodes_present(folder, envs.spec.render)
+        config.save(cfg, run_dir / "config.yaml")  # not where the start is refused: it tells of what is there
         if before:
             print(f"{folder} holds {before} episodes ({successes_before} successes); going on from there")
         seed = runner.seed + before  # what is appended must not repeat what is there
         mix = Mix(cfg.policies, envs.spec, env, seed)
         with (
             EpisodeWriter(folder) as writer,
-            tqdm(total=runner.num_episodes, initial=before, unit="ep") as bar,
+            tqdm(total=runner.num_episodes, initial=before, unit="ep", mininterval=0.5) as bar,
         ):
             recorder = EpisodeRecorder(envs, env.data_collection, writer)
             start = time.perf_counter()
@@ -226,8 +241,7 @@ def main() -> None:
     seed_everything(cfg.runner.seed)
     run_dir = new_run_dir(cfg.runner.logger.log_path, cfg.runner.logger.experiment_name, may_append=True)
     folder = Path(cfg.env.eval.data_collection.save_dir or run_dir / "collected_data")
-    config.save(cfg, run_dir / "config.yaml")
-    summary = collect(cfg, folder)
+    summary = collect(cfg, run_dir, folder)
     save_json(summary, run_dir / "summary.json")
     print_table(summary, folder)
 
