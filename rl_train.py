@@ -281,6 +281,8 @@ def main() -> None:
 
         eval_envs = open_envs(cfg.env.eval, VIEWS)
         parts = (cfg.algorithm, cfg.actor.model, cfg.actor.optim, eval_envs.spec)
+        # Once more: how many random numbers went by until here depends on which parts live in this process.
+        seed_everything(cfg.runner.seed)
         agent = build_agent(*parts, pick_device(cfg.runner.device))
         log = stack.enter_context(RunLog(folder, cfg.runner.logger.logger_backends))
         run = Run(cfg.runner, folder, agent, agent_meta(*parts), eval_envs, client, log)
