@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from common.envs import Render
-from common.report import Trace
 from common.reward_client import RewardClient
+from common.video import Trace
 
 
 @dataclass

@@ -9,7 +9,8 @@ from common.buffers import ReplayBuffer
 from common.checkpoint import load_checkpoint, rng_state, save_checkpoint, set_rng_state
 from common.evaluation import Evaluation, evaluate, record_traces
 from common.log import LoggerConfig, RunLog
-from common.report import plot_learning_curves, plot_scores, save_video
+from common.report import plot_learning_curves, plot_scores
+from common.video import save_video
 
 # Evaluation during training, the final one and the video never see the episodes of training or of each other.
 EVAL_SEED, FINAL_SEED, VIDEO_SEED = 10**9, 2 * 10**9, 3 * 10**9  # training's: run seed + step resumed at

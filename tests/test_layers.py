@@ -21,7 +21,6 @@ LEVELS = [
         "yaml_tree",
         "config",
         "log",
-        "timing",
         "checkpoint",
         "processes",
         "ranks",
@@ -33,16 +32,16 @@ LEVELS = [
     # 3 the world
     ["scenes", "envs", "wrappers", "scripted", "devices", "arms", "franka"],
     # 4 other processes, pictures
-    ["env_workers", "reward_client", "reward_link", "report"],
+    ["env_workers", "reward_client", "reward_link", "video", "report"],
     # 5 parts of an RL run
     ["agents", "experience", "evaluation", "async_rollout", "run"],
 ]
 
 # What others of its own level may import all the same, those to the right of it: module -> who.
 WITHIN_LEVEL = {
-    "runtime": {"files", "yaml_tree", "config", "log", "timing", "checkpoint", "processes", "ranks"},
+    "runtime": {"files", "yaml_tree", "config", "log", "checkpoint", "processes", "ranks"},
     "unpickle": {"files"},
-    "files": {"config", "log", "timing", "checkpoint"},
+    "files": {"config", "log", "checkpoint"},
     "declarations": {"config"},
     "yaml_tree": {"config"},
     "payload": {"frames"},
@@ -51,6 +50,7 @@ WITHIN_LEVEL = {
     "resnets": {"resnet_reward"},
     "scenes": {"envs", "wrappers"},
     "envs": {"wrappers"},
+    "video": {"report"},
     "agents": {"async_rollout", "run"},
     "experience": {"async_rollout"},
     "evaluation": {"run"},

@@ -1,8 +1,7 @@
-"""common/log.py and common/timing.py: one line, one file, one glossary; where the time goes."""
+"""common/log.py: one line, one file, one glossary."""
 
 import json
 import re
-import time
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,6 @@ from tqdm import tqdm
 
 from common.config import to_dict
 from common.log import GLOSSARY, GROUPS, LoggerConfig, RunLog, progress_line
-from common.timing import Stopwatch, percentiles
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -106,36 +104,3 @@ def test_logger_section_has_the_guides_keys():
         "experiment_name": "run",
         "logger_backends": ["tensorboard"],
     }
-
-
-# ----------------------------------------------------------------------------------------------------
-# Timing
-
-
-def test_stopwatch_adds_up_by_name(monkeypatch):
-    clock = iter([0.0, 1.0, 3.0, 4.0, 4.5, 5.0, 6.0, 10.0, 10.0, 20.0, 20.0])
-    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
-    watch = Stopwatch()  # at 0
-    with watch("env"):  # 1 to 3
-        pass
-    with watch("reward"):  # 4 to 4.5
-        pass
-    with pytest.raises(ZeroDivisionError), watch("env"):  # 5 to 6
-        raise ZeroDivisionError
-    assert watch.seconds() == {"env": 3.0, "reward": 0.5}
-    assert watch.share("env") == 0.3  # at 10
-    assert watch.share("never") == 0.0
-    watch.reset()  # at 20
-    assert watch.seconds() == {}
-
-
-def test_percentiles_of_a_known_sample():
-    assert percentiles([float(i) for i in range(101)]) == {
-        "p50": 50.0,
-        "p90": 90.0,
-        "p99": 99.0,
-        "max": 100.0,
-    }
-    assert percentiles([2.0]) == {"p50": 2.0, "p90": 2.0, "p99": 2.0, "max": 2.0}
-    with pytest.raises(ValueError, match="no samples"):
-        percentiles([])

@@ -7,18 +7,9 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 
-from common.report import (
-    STRIP_HEIGHT,
-    Trace,
-    learning_figure,
-    plot_learning_curves,
-    plot_scores,
-    read_metrics,
-    save_video,
-    score_figure,
-    video_pictures,
-)
+from common.report import learning_figure, plot_learning_curves, plot_scores, read_metrics, score_figure
 from common.runtime import UserError
+from common.video import STRIP_HEIGHT, Trace, save_video, video_pictures
 
 NAN = float("nan")
 WHITE_BAR = 39  # row of the strip through the middle of the bar
@@ -70,7 +61,7 @@ def test_video_that_fails_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest
         yield np.zeros((10, 10, 3), np.uint8)
         raise RuntimeError("renderer lost")
 
-    monkeypatch.setattr("common.report.video_pictures", lambda *_, **__: break_down())
+    monkeypatch.setattr("common.video.video_pictures", lambda *_, **__: break_down())
     with pytest.raises(RuntimeError, match="renderer lost"):
         save_video([trace([0.5], [1])], 0.5, path, fps=2)
     assert path.read_bytes() == before

@@ -1,0 +1,175 @@
+"""Episodes to be looked at: what the policy did, what the reward model said, what was true.
+
+A `Trace` is one evaluation episode; `save_video` shows traces one after the other, with the verdict under each frame.
+Blue is success and orange is failure, in Okabe and Ito's shades, which colour-blind readers tell apart.
+"""
+
+import contextlib
+import itertools
+import math
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from common.files import atomic_write
+from common.rewards import Verdicts
+from common.runtime import UserError
+
+ON_DARK = {True: "#56B4E9", False: "#E69F00", None: "#8A8A8A"}  # verdict or truth -> colour; None: not scored
+MIN_WIDTH = 384  # pixels; smaller frames are enlarged by a whole number, so that pixels stay squares
+STRIP_HEIGHT = 84
+
+
+@dataclass
+class Trace:
+    """One evaluation episode. Entry t is about the observation after t steps, entry 0 about the reset's."""
+
+    frames: np.ndarray  # (T, H, W, 3) uint8 RGB
+    success_prob: np.ndarray  # (T,) float32 in [0, 1], nan where the reward model was not asked
+    truth: np.ndarray  # (T,) bool
+    title: str
+
+    def __post_init__(self):
+        if self.frames.dtype != np.uint8 or self.frames.ndim != 4 or self.frames.shape[3] != 3:
+            raise ValueError(
+                f"frames must be (T, H, W, 3) uint8, got {self.frames.shape} {self.frames.dtype}"
+            )
+        length = (len(self.frames),)
+        if length == (0,) or self.success_prob.shape != length or self.truth.shape != length:
+            raise ValueError(
+                f"frames, success_prob and truth must share T >= 1, got {len(self.frames)}, "
+                f"{self.success_prob.shape}, {self.truth.shape}"
+            )
+        if self.truth.dtype != bool:
+            raise ValueError(f"truth must be bool, got {self.truth.dtype}")
+
+    @property
+    def steps(self) -> np.ndarray:
+        """(T,) int, from 0."""
+        return np.arange(len(self.frames))
+
+    @property
+    def scored(self) -> np.ndarray:
+        """(T,) bool."""
+        return ~np.isnan(self.success_prob)
+
+    def verdict(self, threshold: float) -> np.ndarray:
+        """(T,) bool; False where not scored."""
+        prob = torch.from_numpy(self.success_prob)
+        return Verdicts.judge(torch.from_numpy(self.steps), prob, threshold).success.numpy()
+
+
+def save_video(traces: list[Trace], threshold: float, path: Path, fps: int) -> None:
+    """Write an mp4 (H.264) of the episodes one after the other, the last frame of each held for 0.5 s.
+
+    Under each frame: the episode and step, success_prob as a bar with a tick at the threshold, the verdict
+    and the truth. ValueError if the frames of the traces are not of one size, UserError if ffmpeg fails.
+    """
+    from imageio_ffmpeg import get_ffmpeg_exe
+
+    sizes = {trace.frames.shape[1:3] for trace in traces}
+    if len(sizes) != 1:
+        raise ValueError(f"a video needs frames of one size, got {sorted(sizes)}")
+    pictures = video_pictures(traces, threshold, num_held=round(0.5 * fps))
+    first = next(pictures)
+    # not imageio's own writer: it goes by the suffix, which a temporary file lacks, and takes a video that
+    # ffmpeg gave up on for a whole one
+    command = [get_ffmpeg_exe(), "-y", "-v", "error", "-f", "rawvideo", "-pix_fmt", "rgb24"]
+    command += ["-s", f"{first.shape[1]}x{first.shape[0]}", "-r", str(fps), "-i", "-"]
+    command += ["-c:v", "libx264", "-preset", "veryfast", "-crf", "25", "-pix_fmt", "yuv420p"]
+    command += ["-movflags", "+faststart", "-f", "mp4"]  # faststart: a browser plays it while it loads
+    with atomic_write(path) as temporary:
+        pipe = subprocess.PIPE
+        with subprocess.Popen([*command, temporary], stdin=pipe, stderr=pipe) as ffmpeg:
+            with contextlib.suppress(BrokenPipeError):  # then it ended early and says why
+                for picture in itertools.chain([first], pictures):
+                    ffmpeg.stdin.write(picture.data)
+            with contextlib.suppress(BrokenPipeError):
+                ffmpeg.stdin.close()
+            message = ffmpeg.stderr.read().decode(errors="replace").strip()
+        if ffmpeg.returncode != 0:
+            raise UserError(f"{path}: ffmpeg stopped with code {ffmpeg.returncode}: {message}")
+
+
+def video_pictures(traces: list[Trace], threshold: float, num_held: int) -> Iterator[np.ndarray]:
+    """Yield (H', W', 3) uint8, C order, sides even as H.264 wants them; `num_held` more of each last one."""
+    width = traces[0].frames.shape[2]
+    scale = math.ceil(MIN_WIDTH / width)
+    strip = _Strip(width * scale, threshold)
+    for number, trace in enumerate(traces, start=1):
+        name = f"{number}/{len(traces)}  {trace.title}"
+        verdict = trace.verdict(threshold)
+        for t, frame in enumerate(trace.frames):
+            large = frame.repeat(scale, axis=0).repeat(scale, axis=1)
+            below = strip.draw(
+                name if len(name) <= 34 else name[:33] + "…",
+                f"step {t}/{len(trace.frames) - 1}",
+                float(trace.success_prob[t]),
+                bool(verdict[t]),
+                bool(trace.truth[t]),
+            )
+            picture = np.concatenate([large, below])
+            picture = np.ascontiguousarray(picture[: len(picture) // 2 * 2, : width * scale // 2 * 2])
+            yield picture
+        for _ in range(num_held):
+            yield picture
+
+
+class _Strip:
+    """The strip under a frame: one figure, whose parts are moved and drawn again in a few milliseconds."""
+
+    def __init__(self, width: int, threshold: float):
+        """width in pixels; the drawing's coordinates are pixels from the top left."""
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+        from matplotlib.patches import Rectangle
+
+        self.threshold = threshold
+        figure = Figure(figsize=(width / 100, STRIP_HEIGHT / 100), dpi=100, facecolor="#1E1E1E")
+        self.canvas = FigureCanvasAgg(figure)
+        axes = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(STRIP_HEIGHT, 0))
+        axes.set_axis_off()
+
+        def text(x: float, y: float, align: str):
+            return axes.text(x, y, "", color="white", fontsize=9.5, ha=align, va="center")
+
+        def square(x: float):
+            return axes.add_patch(Rectangle((x, 62), 12, 12, linewidth=2))
+
+        self.name, self.step = text(10, 15, "left"), text(width - 10, 15, "right")
+        bar_left, self.bar_width = 10, width - 165
+        axes.add_patch(Rectangle((bar_left, 31), self.bar_width, 16, color="#4A4A4A", linewidth=0))
+        self.bar = axes.add_patch(Rectangle((bar_left, 31), 0, 16, linewidth=0))
+        axes.vlines(bar_left + threshold * self.bar_width, 27, 51, color="white", linewidth=1.5)
+        self.comparison = text(width - 10, 39, "right")
+        self.verdict_square, self.verdict_text = square(12), text(32, 68, "left")
+        self.truth_square, self.truth_text = square(150), text(170, 68, "left")
+        self.error = text(width - 10, 68, "right")
+        self.error.set_weight("bold")
+
+    def draw(self, name: str, step: str, success_prob: float, verdict: bool, truth: bool) -> np.ndarray:
+        """(STRIP_HEIGHT, width, 3) uint8. A square is filled for success and hollow for failure."""
+        scored = not math.isnan(success_prob)
+        self.name.set_text(name)
+        self.step.set_text(step)
+        self.bar.set_width(success_prob * self.bar_width if scored else 0)
+        self.bar.set_color(ON_DARK[verdict])
+        sign = "≥" if verdict else "<"
+        self.comparison.set_text(
+            f"score {success_prob:.3f} {sign} {self.threshold:.3f}" if scored else "not scored"
+        )
+        for square, text, who, says in (
+            (self.verdict_square, self.verdict_text, "model", verdict if scored else None),
+            (self.truth_square, self.truth_text, "truth", truth),
+        ):
+            square.set_edgecolor(ON_DARK[says])
+            square.set_facecolor(ON_DARK[says] if says else "none")
+            text.set_text(f"{who}: {({True: 'success', False: 'failure', None: '-'})[says]}")
+        wrong = scored and verdict != truth
+        self.error.set_text(("false positive" if verdict else "missed") if wrong else "")
+        self.canvas.draw()
+        return np.asarray(self.canvas.buffer_rgba())[..., :3].copy()
