@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from common.log import LoggerConfig
 from tqdm import tqdm
 
 from common import config
@@ -22,6 +21,7 @@ from common.env_workers import EnvPool
 from common.envs import EnvSpec
 from common.episodes import EpisodeWriter, read_episode
 from common.files import new_run_dir, save_json
+from common.log import LoggerConfig
 from common.runtime import UserError, run_script, seed_everything, set_threads
 from common.scenes import EnvConfig
 from common.scripted import ScriptedExpert
@@ -117,7 +117,7 @@ class Mix:
 
     def __init__(self, policies: list[PolicyConfig], spec: EnvSpec, env: EnvConfig, seed: int):
         self.policies, self.num_steps = policies, env.max_episode_steps
-        self.weights = torch.tensor([policy.weight for policy in policies])
+        self.weights = torch.tensor([float(policy.weight) for policy in policies])
         self.rng = torch.Generator().manual_seed(seed)
         n, self.action_dim = env.num_envs, spec.action_dim
         self.choice = torch.zeros(n, dtype=torch.long)  # which policy has the env now
@@ -231,7 +231,8 @@ def print_table(summary: dict, folder: Path) -> None:
         print(f"{row['policy']:<12}{row['episodes']:>10}{row['success_once']:>16}")
     print(
         f"\n{folder}: {summary['num_episodes']} episodes, {summary['num_successes']} successes; "
-        f"this start wrote {summary['num_frames']} frames in {summary['seconds']} s, {summary['env_steps_per_s']} env steps/s"
+        f"this start wrote {summary['num_frames']} frames in {summary['seconds']} s, "
+        f"{summary['env_steps_per_s']} env steps/s"
     )
 
 

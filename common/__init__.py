@@ -1,1 +1,1 @@
-"""Shared modules. Each imports only from rows above its own (see the table in README.md); a test enforces it."""
+"""Shared modules, in levels: each imports only from lower ones (the table is in tests/test_layers.py)."""

@@ -1,6 +1,7 @@
 """Episodes to be looked at: what the policy did, what the reward model said, what was true.
 
-A `Trace` is one evaluation episode; `save_video` shows traces one after the other, with the verdict under each frame.
+A `Trace` is one evaluation episode; `save_video` shows traces one after the other, with
+the verdict under each frame.
 Blue is success and orange is failure, in Okabe and Ito's shades, which colour-blind readers tell apart.
 """
 
