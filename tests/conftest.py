@@ -8,6 +8,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["LP_NUM_THREADS"] = "0"
 os.environ["MPLBACKEND"] = "Agg"
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,3 +22,18 @@ def tmp_cwd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder as the working directory: what a test writes to `logs/` stays out of the checkout."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture(scope="session")
+def renderer() -> Iterator[None]:
+    """A warm renderer: for tests that make simulations in this process and look at their pictures.
+
+    Its first picture takes seconds, and it ends with the last simulation: so this one lives on.
+    """
+    from common.envs import ManiSkillEnvs
+    from common.scenes import EnvConfig
+
+    envs = ManiSkillEnvs(EnvConfig(sim_backend="cpu", render_backend="cpu"), num_envs=1)
+    envs.render(torch.zeros(1, dtype=torch.long))
+    yield
+    envs.close()

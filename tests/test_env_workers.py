@@ -76,7 +76,9 @@ def expected(envs: WorkerEnvs) -> list:
     return rollout(envs, 7, RECORDED)
 
 
-def test_the_same_numbers_and_pictures_in_no_one_and_two_processes(pool: EnvPool, expected: list):
+def test_the_same_numbers_and_pictures_in_no_one_and_two_processes(
+    pool: EnvPool, expected: list, renderer: None
+):
     """An episode's seed knows its env and its number, not its process; so does everything that follows."""
     alone = WorkerEnvs(pool.children[:1], 100, env_config(), VIEWS)
     assert_same(rollout(alone, 7, RECORDED), expected)

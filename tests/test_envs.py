@@ -26,21 +26,21 @@ def env_config(task: str, **changes) -> EnvConfig:
 
 
 @pytest.fixture(scope="module")
-def push() -> Iterator[ManiSkillEnvs]:
+def push(renderer: None) -> Iterator[ManiSkillEnvs]:
     envs = ManiSkillEnvs(env_config("PushCube-v1"), num_envs=1, first_env=2)
     yield envs
     envs.close()
 
 
 @pytest.fixture(scope="module")
-def pick() -> Iterator[ManiSkillEnvs]:
+def pick(renderer: None) -> Iterator[ManiSkillEnvs]:
     envs = ManiSkillEnvs(env_config("PickCube-v1"), num_envs=1)
     yield envs
     envs.close()
 
 
 @pytest.fixture(scope="module")
-def other_pick() -> Iterator[ManiSkillEnvs]:
+def other_pick(renderer: None) -> Iterator[ManiSkillEnvs]:
     """PickCube as ManiSkill draws it, goal hidden, the second camera turned to the sky."""
     sky = CameraConfig(eye=(0, 0, 2), target=(1, 0, 3), fov=0.5, width=32, height=24)
     cameras = CamerasConfig(SMALL, sky, low_poly=False, show_goal_site=False)
