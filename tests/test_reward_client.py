@@ -40,10 +40,11 @@ def fake(monkeypatch):
 @pytest.fixture(scope="module")
 def worker():
     """One worker process for all tests that leave it whole."""
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:  # until the worker has started
         use_fake_model(patch)
-        with RewardWorker(reward_config(placement="worker")) as client:
-            yield client
+        client = RewardWorker(reward_config(placement="worker"))
+    with client:
+        yield client
 
 
 @pytest.fixture(params=["inline", "worker"])
