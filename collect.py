@@ -173,11 +173,17 @@ def enough(cfg: RunnerConfig, episodes: int, successes: int) -> bool:
     return quotas != [None, None] and all(q is None or h >= q for q, h in zip(quotas, have, strict=True))
 
 
-def episodes_present(folder: Path, render: dict) -> tuple[int, int]:
-    """-> episodes, successes of an earlier start. UserError if it saw another task or other cameras."""
+def episodes_present(folder: Path, spec: EnvSpec) -> tuple[int, int]:
+    """-> episodes, successes of an earlier start. UserError if it had another task, cameras or controls."""
     paths = sorted(folder.glob("*.pkl"))
-    if paths and read_episode(paths[0], views=()).render != render:
-        raise UserError(f"{folder} holds episodes of another task or other cameras; choose another log_path")
+    for path in paths:
+        episode = read_episode(path, views=())
+        for name, theirs, ours in (
+            ("cameras", episode.render, spec.render),
+            ("controls", episode.control, spec.control),
+        ):
+            if theirs != ours:
+                raise UserError(f"{path} was made with another task or other {name}; choose another log_path")
     return len(paths), sum(path.stem.endswith("_success") for path in paths)
 
 
@@ -187,7 +193,7 @@ def collect(cfg: Config, run_dir: Path, folder: Path) -> dict:
     by_policy = [{"policy": p.name, "episodes": 0, "success_once": 0} for p in cfg.policies]
     with EnvPool(env.num_workers, env.num_envs) as pool:
         envs = pool.make(env)
-        before, successes_before = episodes_present(folder, envs.spec.render)
+        before, successes_before = episodes_present(folder, envs.spec)
         config.save(cfg, run_dir / "config.yaml")  # not where the start is refused: it tells of what is there
         if before:
             print(f"{folder} holds {before} episodes ({successes_before} successes); going on from there")

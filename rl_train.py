@@ -262,8 +262,21 @@ def learn(cfg: Config, run: Run, agent: PPO | SAC, client: RewardClient | None, 
     run.load_best()
 
 
+def check_inputs(cfg: Config) -> None:
+    """Say what is missing before a run folder appears and simulations start."""
+    inputs = {"runner.resume_dir": cfg.runner.resume_dir}
+    if cfg.algorithm.name == "sac":
+        inputs["algorithm.prior_data"] = cfg.algorithm.prior_data
+    if cfg.reward.use_reward_model:
+        inputs["reward.model.model_path"] = cfg.reward.model.model_path
+    for key, path in inputs.items():
+        if path is not None and not Path(path).exists():
+            raise UserError(f"{key}: {path} does not exist; run the step that makes it, or name another")
+
+
 def main() -> None:
     cfg = config.load(Config, description=__doc__)
+    check_inputs(cfg)
     start = time.perf_counter()
     set_threads(cfg.runner.num_threads)
     seed_everything(cfg.runner.seed)

@@ -45,7 +45,7 @@ class EnvArrays:
             next_obs=shared(n, spec.obs_dim),
             env_reward=shared(n),
             flags=shared(n, 4, dtype=torch.bool),
-            info=shared(n, len(spec.info_keys)),
+            info=shared(n, len(spec.info_types)),
             frames=pictures(),
             reset_frames=pictures(),
         )
@@ -78,7 +78,7 @@ class _EnvGroup:
             a.obs[row], a.next_obs[row], a.env_reward[row] = step.obs[0], step.next_obs[0], step.env_reward[0]
             frame, reset_frame = len(step.frame_ids) > 0, len(step.reset_ids) > 0
             a.flags[row] = torch.tensor([step.terminated[0], step.truncated[0], frame, reset_frame])
-            for i, key in enumerate(self.spec.info_keys):
+            for i, key in enumerate(self.spec.info_types):
                 a.info[row, i] = step.info[key][0]
             for view in step.frames:
                 a.frames[view][row] = step.frames[view][0]
@@ -181,8 +181,10 @@ class WorkerEnvs:
         a = self.arrays
         terminated, truncated, rendered, reset_rendered = a.flags.T.clone()
         frame_ids, reset_ids = rendered.nonzero().squeeze(1), reset_rendered.nonzero().squeeze(1)
-        info = {key: a.info[:, i].clone() for i, key in enumerate(self.spec.info_keys)}
-        info["success"] = info["success"] > 0
+        info = {
+            key: a.info[:, i].to(kind, copy=True)
+            for i, (key, kind) in enumerate(self.spec.info_types.items())
+        }
         return Step(
             obs=a.obs.clone(),
             next_obs=a.next_obs.clone(),

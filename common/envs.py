@@ -38,10 +38,11 @@ class EnvSpec:
     obs_dim: int
     action_dim: int
     obs_layout: dict[str, tuple[int, int]]  # name of each part of the state -> its columns [start, stop)
-    info_keys: tuple[str, ...]  # per-env scalars of ManiSkill's info, "success" among them
+    info_types: dict[str, torch.dtype]  # per-env scalars of ManiSkill's info, "success" among them
     frame_shape: dict[str, tuple[int, int, int]]  # view -> (H, W, 3)
     task: str
     task_description: str
+    control: dict[str, Any]  # what an action means; kept in episodes, compared before they are mixed
     render: dict[
         str, Any
     ]  # what made the pictures; kept in episodes and reward models, compared before scoring
@@ -79,7 +80,10 @@ class Step:
 
 
 def episode_seed(seed: int, env_idx: int, episode: int) -> int:
-    """The simulator seed of one episode: the same whichever process runs it and whatever ran before."""
+    """The simulator seed of one episode: the same whichever process runs it and whatever ran before.
+
+    On a GPU only a whole reset is seeded; auto-resets go on from one generator for all envs.
+    """
     return int(np.random.SeedSequence([seed, env_idx, episode]).generate_state(1)[0] >> 1)
 
 
@@ -134,7 +138,7 @@ class ManiSkillEnvs:
         wanted = (render >= Render.ALWAYS) | ((render == Render.IF_DONE) & done)
         frame_ids = wanted.nonzero().squeeze(1)
         frames = self.render(frame_ids)
-        info = {key: info[key].clone() for key in self.spec.info_keys}
+        info = {key: info[key].clone() for key in self.spec.info_types}
         next_obs, reset_ids, reset_frames = obs, frame_ids[:0], {}
         if done.any():
             next_obs = obs.clone()
@@ -188,25 +192,27 @@ class ManiSkillEnvs:
     def _describe(self) -> EnvSpec:
         info = self.env.get_info()
         layout, column = {}, 0
-        for part in self.env._get_obs_state_dict(
-            info
-        ).values():  # "agent" and "extra", flattened in this order
+        state = self.env._get_obs_state_dict(info)
+        for part in state.values():  # "agent" and "extra", flattened in this order
             for name, value in part.items():
                 width = value[0].numel()
                 layout[name] = (column, column + width)
                 column += width
         if "success" not in info:
             raise UserError(f"task {self.cfg.task} does not say whether it succeeded; choose another")
-        keys = [k for k, v in info.items() if isinstance(v, torch.Tensor) and v.shape == (self.num_envs,)]
+        scalars = {
+            k: v for k, v in info.items() if isinstance(v, torch.Tensor) and v.shape == (self.num_envs,)
+        }
         cameras = {view: self.env._sensor_configs[view] for view in VIEWS}
         return EnvSpec(
             obs_dim=column,
             action_dim=self.env.single_action_space.shape[0],
             obs_layout=layout,
-            info_keys=tuple(sorted(k for k in keys if k != "elapsed_steps")),
+            info_types={k: scalars[k].dtype for k in sorted(scalars) if k != "elapsed_steps"},
             frame_shape={view: (cameras[view].height, cameras[view].width, 3) for view in self.views},
             task=self.cfg.task,
             task_description=self.cfg.description,
+            control={"mode": self.cfg.control_mode, "freq_hz": self.env.control_freq},
             render={
                 "task": self.cfg.task,
                 "shader": self.cfg.cameras.shader,

@@ -11,7 +11,8 @@
 - `rewards`, `terminated`, `truncated`, `infos`: lists of T+1. The first entry is the reset's (0.0, False,
   False, {}), so that all align with `observations`.
 - `task`, `task_description`: str, optional: env id, and the task in words.
-- `render`: dict or None, optional: what the cameras were. Only ever compared for equality.
+- `render`, `control`: dict or None, optional: what the cameras were; what an action means (control mode
+  and rate). Only ever compared for equality.
 
 We write numpy arrays, `extra_view_images` as (1, H, W, 3), always T+1 entries. We also read what RLinf writes
 and has written: torch tensors, 0-d or 1-element values for scalars, lists without the reset entry (T each).
@@ -63,6 +64,7 @@ class Episode:
     task: str | None
     task_description: str | None
     render: dict | None
+    control: dict | None
     layout: str  # "T+1", or "T": the file had no reset entries
     env_idx: int
     episode_id: int
@@ -111,6 +113,7 @@ def read_episode(path: str | Path, views: tuple[str, ...] | None = ("main_images
         task=record.data.get("task"),
         task_description=record.data.get("task_description"),
         render=record.data.get("render"),
+        control=record.data.get("control"),
         layout=record.layout,
         **{key: int(record.scalar(key)) for key in ("env_idx", "episode_id", "step")},
     )

@@ -218,6 +218,10 @@ def _check_prior(episode: Episode, spec: EnvSpec, client: RewardClient | None) -
             f"{where} has states of {theirs[0]} and actions of {theirs[1]} numbers, the env here of "
             f"{ours[0]} and {ours[1]}; use the same task and control_mode"
         )
+    if episode.control not in (None, spec.control):
+        raise UserError(
+            f"{where} was recorded under control {episode.control}; the env here has {spec.control}"
+        )
     if client is not None and episode.render is not None:
         try:
             client.check_render(episode.render)

@@ -86,11 +86,13 @@ class Run:
 
     def evaluate(self) -> Evaluation:
         """Measure the policy; keep it as `best` if the reward model likes it as well as any before."""
+        start = time.perf_counter()
         result = self.judge(self.runner.num_eval_episodes, EVAL_SEED)
         self.log.log(self.step, result.metrics)
         if self.merit is None or result.merit >= self.merit:
             self.merit, self.best_step = result.merit, self.step
             self.save("best")
+        self.logged_at += time.perf_counter() - start  # not the training's time
         return result
 
     def save(self, name: str) -> None:

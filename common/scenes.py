@@ -75,7 +75,9 @@ class DataCollectionConfig:
 class EnvConfig:
     task: str = "PickCube-v1"  # any registered ManiSkill task
     num_envs: int = 2
-    num_workers: int | None = None  # CPU simulation: processes; null: at most one per core; 0: this process
+    num_workers: int | None = (
+        None  # CPU processes (env.train's serve env.eval too); null: one per core; 0: none
+    )
     max_episode_steps: int = 50
     ignore_terminations: bool = (
         True  # episodes run to the time limit whatever the simulator thinks of success

@@ -23,7 +23,8 @@ class EpisodeRecorder:
     def reset(self, seed: int) -> torch.Tensor:
         """-> obs (N, D) float32."""
         obs = self.envs.reset(seed)
-        frames = self.envs.render(torch.arange(self.num_envs, device=self.device))
+        everyone = torch.arange(self.num_envs, device=self.device)
+        frames = {view: images.cpu() for view, images in self.envs.render(everyone).items()}
         self._episodes = [self._begin(i, obs[i], frames, i) for i in range(self.num_envs)]
         return obs
 
@@ -38,10 +39,12 @@ class EpisodeRecorder:
         env_reward, done = step.env_reward.tolist(), step.done.tolist()
         terminated, truncated = step.terminated.tolist(), step.truncated.tolist()
         info = {key: value.tolist() for key, value in step.info.items()}
-        first_frame = {int(env): row for row, env in enumerate(step.reset_ids)}
+        frames = {view: images.cpu() for view, images in step.frames.items()}
+        reset_frames = {view: images.cpu() for view, images in step.reset_frames.items()}
+        first_frame = {env: row for row, env in enumerate(step.reset_ids.tolist())}
         for i in range(self.num_envs):
             episode = self._episodes[i]
-            episode["observations"].append(self._observation(step.next_obs[i], step.frames, i))
+            episode["observations"].append(self._observation(step.next_obs[i], frames, i))
             episode["actions"].append(self._action[i].copy())
             episode["rewards"].append(env_reward[i])
             episode["terminated"].append(terminated[i])
@@ -49,7 +52,7 @@ class EpisodeRecorder:
             episode["infos"].append({key: value[i] for key, value in info.items()})
             if done[i]:
                 self._finish(episode)
-                self._episodes[i] = self._begin(i, step.obs[i], step.reset_frames, first_frame[i])
+                self._episodes[i] = self._begin(i, step.obs[i], reset_frames, first_frame[i])
         return self._only_asked(step)
 
     def step(self, action: torch.Tensor, render: Render | torch.Tensor = Render.NONE) -> Step:
@@ -74,12 +77,13 @@ class EpisodeRecorder:
             "task": self.spec.task,
             "task_description": self.spec.task_description,
             "render": self.spec.render,
+            "control": self.spec.control,
         }
 
     @staticmethod
     def _observation(obs: torch.Tensor, frames: dict[str, torch.Tensor], row: int) -> dict:
         # copies: a view would keep the pictures of all envs for as long as this episode waits
-        observation = {view: images[row].cpu().numpy().copy() for view, images in frames.items()}
+        observation = {view: images[row].numpy().copy() for view, images in frames.items()}
         if "extra_view_images" in observation:
             observation["extra_view_images"] = observation["extra_view_images"][None]  # (V=1, H, W, 3)
         return {**observation, "states": obs.cpu().numpy().copy()}

@@ -42,7 +42,9 @@ class CountingEnvs:
         self.lengths, self.successes, self.terminates, self.pixel = lengths, successes, terminates, pixel
         self.num_envs, self.device = len(lengths), torch.device("cpu")
         shape = {view: (8, 8, 3) for view in RENDER["views"]}
-        self.spec = EnvSpec(3, 2, {"count": (0, 3)}, ("success",), shape, "Count", "Count.", RENDER)
+        self.spec = EnvSpec(
+            3, 2, {"count": (0, 3)}, {"success": torch.bool}, shape, "Count", "Count.", {}, RENDER
+        )
         self.seeds: list[int] = []
         self.rendered = 0  # frames
         self.actions: list[Tensor] = []

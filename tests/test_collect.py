@@ -90,15 +90,24 @@ def test_a_second_start_appends_other_episodes(folder: Path, start, capsys):
 
 @pytest.mark.parametrize(
     "override",
-    ["env.eval.cameras.main_images.fov=1.1", "env.eval.cameras.low_poly=false", "env.eval.task=PullCube-v1"],
+    [
+        "env.eval.cameras.main_images.fov=1.1",
+        "env.eval.cameras.low_poly=false",
+        "env.eval.task=PullCube-v1",
+        "env.eval.control_freq=20",
+    ],
 )
-def test_other_cameras_or_task_are_refused_and_change_nothing(folder: Path, start, capsys, override: str):
+def test_other_cameras_controls_or_task_are_refused_and_change_nothing(
+    folder: Path, start, capsys, override: str
+):
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     with pytest.raises(SystemExit) as caught:
         start(folder, "runner.num_episodes=5", override)
     assert caught.value.code == 2
     *_, error = capsys.readouterr().err.splitlines()  # ManiSkill may have warned before
-    assert error.startswith(f"error: {folder}/collected_data holds episodes of another task or other cameras")
+    other = "controls" if "control" in override else "cameras"
+    assert error.startswith(f"error: {folder}/collected_data/rank_0_env_0_")
+    assert f"was made with another task or other {other}" in error
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
@@ -164,7 +173,7 @@ def test_stop_rule(rule: dict, stops_at: set):
 
 
 LAYOUT = {"tcp_pose": (0, 7), "goal_pos": (7, 10), "obj_pose": (10, 17)}
-SPEC = EnvSpec(17, 4, LAYOUT, ("success",), {}, "PushCube-v1", "Push it.", {})
+SPEC = EnvSpec(17, 4, LAYOUT, {"success": torch.bool}, {}, "PushCube-v1", "Push it.", {}, {})
 
 
 def make_mix(*policies, num_envs: int = 4, seed: int = 0) -> Mix:

@@ -135,7 +135,7 @@ def test_step_has_the_shapes_and_types_of_its_contract(envs: WorkerEnvs, expecte
     frames = last.frames["main_images"]
     assert (frames.dtype, frames.shape) == (torch.uint8, (2, 64, 64, 3))
     assert (last.frame_ids.tolist(), last.reset_ids.tolist()) == ([0, 2], [0, 2])
-    assert set(last.info) == set(envs.spec.info_keys)
+    assert set(last.info) == envs.spec.info_types.keys()
     assert not torch.equal(last.obs, last.next_obs)
     assert len({tuple(row) for row in expected[0].tolist()}) == N  # each env has an episode of its own
 

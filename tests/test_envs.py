@@ -285,8 +285,8 @@ def test_spec(push: ManiSkillEnvs):
     spec = push.spec
     assert (spec.task, spec.action_dim) == ("PushCube-v1", 4)
     assert spec.task_description == "Push the cube to the red and white target on the table."
-    assert "success" in spec.info_keys
-    assert "elapsed_steps" not in spec.info_keys
+    assert "success" in spec.info_types
+    assert "elapsed_steps" not in spec.info_types
     assert replace(push.cfg, task="OpenDoor-v1").description == "Do the task OpenDoor-v1."
     assert replace(push.cfg, task_description="Shove it.").description == "Shove it."
 

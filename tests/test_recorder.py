@@ -15,10 +15,11 @@ SPEC = EnvSpec(
     obs_dim=3,
     action_dim=2,
     obs_layout={"mark": (0, 3)},
-    info_keys=("grasped", "success"),
+    info_types={"grasped": torch.bool, "success": torch.bool},
     frame_shape={view: (8, 8, 3) for view in VIEWS},
     task="Toy-v1",
     task_description="Do it.",
+    control={"mode": "toy", "freq_hz": 10},
     render={"task": "Toy-v1", "views": {}},
 )
 
