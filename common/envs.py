@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from common.fast_control import use_fast_control
 from common.runtime import UserError
 from common.scenes import VIEWS, EnvConfig, camera_facts, make_base_env
 
@@ -101,7 +100,6 @@ class ManiSkillEnvs:
     def __init__(self, cfg: EnvConfig, num_envs: int, first_env: int = 0, views: tuple[str, ...] = VIEWS):
         self.cfg, self.num_envs, self.first_env, self.views = cfg, num_envs, first_env, views
         self.env = make_base_env(cfg, num_envs)
-        use_fast_control(self.env.agent)
         self.device = self.env.device
         self.on_gpu = self.env.gpu_sim_enabled
         self.seed, self.episode = 0, 0
@@ -116,7 +114,7 @@ class ManiSkillEnvs:
         self.seed, self.episode = seed, 0
         if self.on_gpu:
             # one generator serves all envs of a GPU scene; auto-resets go on from it
-            return self._first_obs(self.env.reset(seed=episode_seed(seed, self.first_env, 0)))
+            return self._observe(self.env.reset(seed=episode_seed(seed, self.first_env, 0))[0])
         return self._reset_done(None)
 
     def step_async(self, action: torch.Tensor, render: Render | torch.Tensor = Render.NONE) -> None:
@@ -127,7 +125,8 @@ class ManiSkillEnvs:
 
     def step_wait(self) -> Step:
         action, render = self._pending
-        obs, env_reward, terminated, _, info = self.env.step(action)
+        state, env_reward, terminated, _, info = self.env.step(action)
+        obs = self._observe(state)
         truncated = self.env.elapsed_steps >= self.cfg.max_episode_steps
         if self.cfg.ignore_terminations:
             terminated = torch.zeros_like(terminated)
@@ -180,14 +179,17 @@ class ManiSkillEnvs:
 
     def _reset_done(self, done: torch.Tensor | None) -> torch.Tensor:
         if self.on_gpu:
-            return self._first_obs(self.env.reset(options={"env_idx": done.nonzero().squeeze(1)}))
+            return self._observe(self.env.reset(options={"env_idx": done.nonzero().squeeze(1)})[0])
         seed = episode_seed(self.seed, self.first_env, self.episode)
         self.episode += 1
-        return self._first_obs(self.env.reset(seed=seed))
+        return self._observe(self.env.reset(seed=seed)[0])
 
-    @staticmethod
-    def _first_obs(obs_and_info: tuple) -> torch.Tensor:
-        return obs_and_info[0]
+    def _observe(self, state: torch.Tensor) -> torch.Tensor:
+        """ManiSkill's state (N, D), and the share of the time limit that has passed if asked for."""
+        if not self.cfg.observe_time:
+            return state
+        time = self.env.elapsed_steps / self.cfg.max_episode_steps
+        return torch.cat([state, time[:, None].to(state)], dim=1)
 
     def _describe(self) -> EnvSpec:
         info = self.env.get_info()
@@ -198,6 +200,9 @@ class ManiSkillEnvs:
                 width = value[0].numel()
                 layout[name] = (column, column + width)
                 column += width
+        if self.cfg.observe_time:
+            layout["time"] = (column, column + 1)
+            column += 1
         if "success" not in info:
             raise UserError(f"task {self.cfg.task} does not say whether it succeeded; choose another")
         scalars = {

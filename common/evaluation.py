@@ -133,7 +133,9 @@ def record_traces(envs, agent, client: RewardClient | None, num_episodes: int, s
         if client is not None:
             prob = client.score({view: mine[view] for view in client.views}).success_prob.numpy()
         succeeded = torch.stack(truth)[: ends[env], env].numpy()
-        traces.append(Trace(mine["main_images"].cpu().numpy(), prob, succeeded, f"episode {env}"))
+        traces.append(Trace(mine["main_images"].cpu().numpy(), prob, succeeded, ""))
     if num_shown < num_episodes:
         traces += record_traces(envs, agent, client, num_episodes - num_shown, seed + 1)
+    for number, trace in enumerate(traces):
+        trace.title = f"episode {number}"
     return traces

@@ -15,10 +15,7 @@ if TYPE_CHECKING:
 
 
 def use_fast_control(agent: "BaseAgent | None") -> None:
-    """Speed up the present controllers of a robot in CPU simulation; those not known to be equal stay.
-
-    Tasks that build their scene anew at a reset get new controllers with it, the slow ones.
-    """
+    """Speed up the present controllers of a robot in CPU simulation; those not known to be equal stay."""
     from mani_skill.agents.base_agent import BaseAgent
     from mani_skill.agents.controllers.base_controller import DictController
 

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from common.fast_control import use_fast_control
 from common.runtime import UserError
 
 # Mesa's CPU renderer starts one thread per core in every process that renders; several env processes then
@@ -82,6 +83,7 @@ class EnvConfig:
     ignore_terminations: bool = (
         True  # episodes run to the time limit whatever the simulator thinks of success
     )
+    observe_time: bool = False  # append the share of the time limit that has passed to the state
     control_mode: str = "pd_ee_delta_pos"
     control_freq: int | None = None  # Hz; null: the task's own (20)
     sim_backend: Literal["auto", "cpu", "gpu"] = "auto"  # auto: gpu where torch sees one
@@ -148,6 +150,7 @@ def make_base_env(cfg: EnvConfig, num_envs: int):
         def _after_reconfigure(self, options):
             # some tasks build their scene anew at every reset (PegInsertionSide)
             super()._after_reconfigure(options)
+            use_fast_control(self.agent)
             if cfg.cameras.show_goal_site:
                 self._hidden_objects.clear()
             if cfg.low_poly:

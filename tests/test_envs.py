@@ -281,6 +281,19 @@ def test_obs_layout_names_the_columns(pick: ManiSkillEnvs):
     assert columns[-1][1] == pick.spec.obs_dim == obs.shape[1]
 
 
+def test_observe_time_appends_the_share_of_the_time_limit(push: ManiSkillEnvs, change):
+    state_dim = push.reset(3).shape[1]
+    change(push, observe_time=True)
+    spec = push._describe()
+    assert (spec.obs_dim, spec.obs_layout["time"]) == (state_dim + 1, (state_dim, state_dim + 1))
+    assert push.reset(3)[0, -1] == 0
+    steps = [push.step(ACTION) for _ in range(3)]
+    assert [round(float(step.next_obs[0, -1]), 3) for step in steps] == [0.333, 0.667, 1.0]
+    assert steps[-1].obs[0, -1] == 0  # of the next episode
+    change(push, observe_time=False)
+    assert torch.equal(steps[-1].obs[:, :-1], run(push, 3, 3)[-1].obs)
+
+
 def test_spec(push: ManiSkillEnvs):
     spec = push.spec
     assert (spec.task, spec.action_dim) == ("PushCube-v1", 4)
