@@ -60,6 +60,7 @@ class RandomPolicy(PolicyConfig):
 class ScriptedPolicy(PolicyConfig):
     name: Literal["scripted"] = "scripted"
     goal_offset_m: tuple[float, float] = (0.0, 0.0)  # aims so far beside the goal, in a random direction
+    object_offset_m: tuple[float, float] = (0.0, 0.0)  # reaches so far beside the object, and misses it
 
 
 @dataclass
@@ -122,7 +123,8 @@ class Mix:
         n, self.action_dim = env.num_envs, spec.action_dim
         self.choice = torch.zeros(n, dtype=torch.long)  # which policy has the env now
         self.sd, self.stop_step, self.clock = torch.zeros(n), torch.zeros(n), torch.zeros(n)
-        self.offset, self.noise = torch.zeros(n, 3), torch.zeros(n, self.action_dim)
+        self.goal_offset, self.object_offset = torch.zeros(n, 3), torch.zeros(n, 3)
+        self.noise = torch.zeros(n, self.action_dim)
         self.actors = [self._actor(policy, spec, env) for policy in policies]
 
     def _actor(self, policy, spec: EnvSpec, env: EnvConfig):
@@ -130,13 +132,19 @@ class Mix:
             return lambda obs: torch.zeros(len(obs), self.action_dim)  # the noise is all it does
         if policy.name == "scripted":
             expert = ScriptedExpert(env.task, env.control_mode, spec.obs_layout)
-            return lambda obs: expert.act(obs, self.offset)
+            return lambda obs: expert.act(obs, self.goal_offset, self.object_offset)
         agent = load_agent(Path(policy.path), spec, torch.device("cpu"))
         return lambda obs: agent.act(obs, deterministic=policy.deterministic).clamp(-1, 1)
 
     def _uniform(self, low_high: tuple[float, float]) -> float:
         low, high = low_high
         return low + (high - low) * float(torch.rand((), generator=self.rng))
+
+    def _offset(self, radius_m: tuple[float, float], dimensions: int) -> torch.Tensor:
+        """(3,) m, in a random direction; of 2 dimensions: along the table."""
+        direction = torch.zeros(3)
+        direction[:dimensions] = torch.randn(dimensions, generator=self.rng)
+        return self._uniform(radius_m) * direction / direction.norm()
 
     def begin(self, env_ids: torch.Tensor) -> None:
         """A new episode starts in these envs."""
@@ -145,9 +153,9 @@ class Mix:
             policy = self.policies[self.choice[i]]
             self.sd[i], self.clock[i] = self._uniform(policy.noise), 0
             self.stop_step[i] = self._uniform(policy.stop_after) * self.num_steps
-            direction = torch.randn(3, generator=self.rng)
-            radius = self._uniform(policy.goal_offset_m) if policy.name == "scripted" else 0.0
-            self.offset[i] = radius * direction / direction.norm()
+            if policy.name == "scripted":
+                self.goal_offset[i] = self._offset(policy.goal_offset_m, dimensions=3)
+                self.object_offset[i] = self._offset(policy.object_offset_m, dimensions=2)
             self.noise[i] = self.sd[i] * torch.randn(self.action_dim, generator=self.rng)
 
     def act(self, obs: torch.Tensor) -> torch.Tensor:

@@ -71,13 +71,15 @@ class ScriptedExpert:
             raise UserError(f"the scripted experts speak pd_ee_delta_pos, not {control_mode}")
         self.expert, self.layout = EXPERTS[task], obs_layout
 
-    def act(self, obs: Tensor, goal_offset: Tensor) -> Tensor:
-        """obs (N, D), goal_offset (N, 3) in metres: aim beside the goal. -> action (N, 4) in [-1, 1]."""
+    def act(self, obs: Tensor, goal_offset: Tensor, object_offset: Tensor) -> Tensor:
+        """obs (N, D) -> action (N, 4) in [-1, 1]. Offsets (N, 3) in metres: aim beside the goal; believe the
+        object beside where it is, and miss it.
+        """
         tcp, cube, goal = (self._part(obs, name)[:, :3] for name in ("tcp_pose", "obj_pose", "goal_pos"))
         grasped = (
             self._part(obs, "is_grasped")[:, 0] if "is_grasped" in self.layout else torch.zeros(len(obs))
         )
-        target, gripper = self.expert(tcp, cube, goal + goal_offset, grasped)
+        target, gripper = self.expert(tcp, cube + object_offset, goal + goal_offset, grasped)
         return torch.cat([((target - tcp) / STEP_M).clamp(-1, 1), gripper[:, None]], dim=1)
 
     def _part(self, obs: Tensor, name: str) -> Tensor:

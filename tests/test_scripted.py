@@ -33,7 +33,7 @@ def test_expert_succeeds(task: str, num_steps: int, at_least: int):
     def num_successes(num_episodes: int, scale: float) -> int:
         obs, count = envs.reset(seed=11), 0
         while num_episodes:
-            step = envs.step(scale * expert.act(obs, no_offset))
+            step = envs.step(scale * expert.act(obs, no_offset, no_offset))
             obs = step.obs
             num_episodes -= int(step.done)
             count += int(step.terminated)
@@ -65,7 +65,7 @@ def state(tcp: list[float], cube: list[float], goal: list[float]) -> torch.Tenso
 def test_first_motions_around_a_cube_at_the_origin(task: str, tcp: list[float], direction: list[int]):
     goal = [0.2 if task == "PushCube-v1" else -0.2, 0.0, 0.0]
     obs = state(tcp, cube=[0.0, 0.0, 0.02], goal=goal)
-    action = ScriptedExpert(task, "pd_ee_delta_pos", LAYOUT).act(obs, torch.zeros(1, 3))
+    action = ScriptedExpert(task, "pd_ee_delta_pos", LAYOUT).act(obs, torch.zeros(1, 3), torch.zeros(1, 3))
     assert action.shape == (1, 4)
     assert action[0, :3].sign().tolist() == direction
     assert action.abs().max() <= 1
@@ -75,8 +75,17 @@ def test_first_motions_around_a_cube_at_the_origin(task: str, tcp: list[float], 
 def test_goal_offset_moves_the_end_of_the_push():
     obs = state([-0.021, 0.0, 0.03], cube=[0.0, 0.0, 0.02], goal=[0.03, 0.0, 0.0])
     expert = ScriptedExpert("PushCube-v1", "pd_ee_delta_pos", LAYOUT)
-    forward = [expert.act(obs, torch.tensor([[offset, 0.0, 0.0]]))[0, 0] for offset in (0.0, 0.02)]
-    assert [round(float(x), 3) for x in forward] == [0.31, 0.51]  # (0.03 - 0.02 + 0.021) m at 0.1 m per step, and 2 cm more
+    none = torch.zeros(1, 3)
+    forward = [expert.act(obs, torch.tensor([[x, 0.0, 0.0]]), none)[0, 0] for x in (0.0, 0.02)]
+    # (0.03 - 0.02 + 0.021) m at 0.1 m per step, and 2 cm more
+    assert [round(float(x), 3) for x in forward] == [0.31, 0.51]
+
+
+def test_object_offset_makes_it_reach_beside_the_object():
+    obs = state([-0.055, 0.0, 0.08], cube=[0.0, 0.0, 0.02], goal=[0.2, 0.0, 0.0])
+    expert = ScriptedExpert("PushCube-v1", "pd_ee_delta_pos", LAYOUT)
+    aside = expert.act(obs, torch.zeros(1, 3), torch.tensor([[0.0, 0.05, 0.0]]))
+    assert [round(float(x), 3) for x in aside[0, :3]] == [0.0, 0.5, 0.0]  # 5 cm along y, coming down later
 
 
 def test_what_no_expert_can_do_is_refused():
