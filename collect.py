@@ -60,7 +60,7 @@ class RandomPolicy(PolicyConfig):
 class ScriptedPolicy(PolicyConfig):
     name: Literal["scripted"] = "scripted"
     goal_offset_m: tuple[float, float] = (0.0, 0.0)  # aims so far beside the goal, in a random direction
-    object_offset_m: tuple[float, float] = (0.0, 0.0)  # reaches so far beside the object, and misses it
+    skip_object: bool = False  # brings an empty hand to the goal
 
 
 @dataclass
@@ -79,13 +79,15 @@ class CheckpointPolicy(PolicyConfig):
 class RunnerConfig:
     logger: LoggerConfig = field(default_factory=lambda: LoggerConfig(experiment_name="collect"))
     seed: int = 0
-    num_episodes: int | None = 200  # stop here; null: by the two numbers below
+    num_episodes: int | None = None  # stop here; null: by the two numbers below, 200 if they are null too
     num_successes: int | None = None  # stop once so many episodes succeeded ...
     num_failures: int | None = None  # ... and so many failed
 
-    def __post_init__(self):
-        if self.num_episodes is None and self.num_successes is None and self.num_failures is None:
-            raise ValueError("say when to stop: num_episodes, or num_successes and num_failures")
+    @property
+    def episode_limit(self) -> int | None:
+        """`num_episodes`, or 200 where nothing says when to stop."""
+        said = self.num_episodes, self.num_successes, self.num_failures
+        return 200 if said == (None, None, None) else self.num_episodes
 
 
 @dataclass
@@ -123,7 +125,7 @@ class Mix:
         n, self.action_dim = env.num_envs, spec.action_dim
         self.choice = torch.zeros(n, dtype=torch.long)  # which policy has the env now
         self.sd, self.stop_step, self.clock = torch.zeros(n), torch.zeros(n), torch.zeros(n)
-        self.goal_offset, self.object_offset = torch.zeros(n, 3), torch.zeros(n, 3)
+        self.goal_offset, self.skip_object = torch.zeros(n, 3), torch.zeros(n, dtype=torch.bool)
         self.noise = torch.zeros(n, self.action_dim)
         self.actors = [self._actor(policy, spec, env) for policy in policies]
 
@@ -132,19 +134,13 @@ class Mix:
             return lambda obs: torch.zeros(len(obs), self.action_dim)  # the noise is all it does
         if policy.name == "scripted":
             expert = ScriptedExpert(env.task, env.control_mode, spec.obs_layout)
-            return lambda obs: expert.act(obs, self.goal_offset, self.object_offset)
+            return lambda obs: expert.act(obs, self.goal_offset, self.skip_object)
         agent = load_agent(Path(policy.path), spec, torch.device("cpu"))
         return lambda obs: agent.act(obs, deterministic=policy.deterministic).clamp(-1, 1)
 
     def _uniform(self, low_high: tuple[float, float]) -> float:
         low, high = low_high
         return low + (high - low) * float(torch.rand((), generator=self.rng))
-
-    def _offset(self, radius_m: tuple[float, float], dimensions: int) -> torch.Tensor:
-        """(3,) m, in a random direction; of 2 dimensions: along the table."""
-        direction = torch.zeros(3)
-        direction[:dimensions] = torch.randn(dimensions, generator=self.rng)
-        return self._uniform(radius_m) * direction / direction.norm()
 
     def begin(self, env_ids: torch.Tensor) -> None:
         """A new episode starts in these envs."""
@@ -154,8 +150,9 @@ class Mix:
             self.sd[i], self.clock[i] = self._uniform(policy.noise), 0
             self.stop_step[i] = self._uniform(policy.stop_after) * self.num_steps
             if policy.name == "scripted":
-                self.goal_offset[i] = self._offset(policy.goal_offset_m, dimensions=3)
-                self.object_offset[i] = self._offset(policy.object_offset_m, dimensions=2)
+                direction = torch.randn(3, generator=self.rng)
+                self.goal_offset[i] = self._uniform(policy.goal_offset_m) * direction / direction.norm()
+                self.skip_object[i] = policy.skip_object
             self.noise[i] = self.sd[i] * torch.randn(self.action_dim, generator=self.rng)
 
     def act(self, obs: torch.Tensor) -> torch.Tensor:
@@ -175,7 +172,7 @@ class Mix:
 
 def enough(cfg: RunnerConfig, episodes: int, successes: int) -> bool:
     """The stop rule: N episodes, or N successes and M failures."""
-    if cfg.num_episodes is not None and episodes >= cfg.num_episodes:
+    if cfg.episode_limit is not None and episodes >= cfg.episode_limit:
         return True
     quotas, have = [cfg.num_successes, cfg.num_failures], [successes, episodes - successes]
     return quotas != [None, None] and all(q is None or h >= q for q, h in zip(quotas, have, strict=True))
@@ -209,7 +206,7 @@ def collect(cfg: Config, run_dir: Path, folder: Path) -> dict:
         mix = Mix(cfg.policies, envs.spec, env, seed)
         with (
             EpisodeWriter(folder) as writer,
-            tqdm(total=runner.num_episodes, initial=before, unit="ep", mininterval=0.5) as bar,
+            tqdm(total=runner.episode_limit, initial=before, unit="ep", mininterval=0.5) as bar,
         ):
             recorder = EpisodeRecorder(envs, env.data_collection, writer)
             start = time.perf_counter()
@@ -257,7 +254,8 @@ def main() -> None:
     run_dir = new_run_dir(cfg.runner.logger.log_path, cfg.runner.logger.experiment_name, may_append=True)
     folder = Path(cfg.env.eval.data_collection.save_dir or run_dir / "collected_data")
     summary = collect(cfg, run_dir, folder)
-    save_json(summary, run_dir / "summary.json")
+    if summary["env_steps"] or not (run_dir / "summary.json").exists():  # else it tells of an earlier start
+        save_json(summary, run_dir / "summary.json")
     print_table(summary, folder)
 
 

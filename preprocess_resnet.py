@@ -3,7 +3,7 @@
     python preprocess_resnet.py --raw-data-path logs/x/collected_data --output-dir logs/x/reward_data
 
 In:   episodes (*.pkl), ours or RLinf's; format and label rule in common/episodes.py.
-Out:  train.pt and val.pt, both or none; format in common/episodes.py. Next: train_resnet.py.
+Out:  train.pt and val.pt, both or none; format in common/payload.py. Next: train_resnet.py.
 
 Episodes are split, never frames: those of one episode look alike. The split is stratified by outcome, so that
 val holds successes whenever two episodes do. Train is cut to `--fail-success-ratio` fails per success. Val

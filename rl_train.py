@@ -225,7 +225,14 @@ def train_sac_async(cfg: Config, run: Run, agent: SAC, client: RewardClient | No
             elif not batches:
                 time.sleep(0.002)
             if env_steps:
-                run.advance(env_steps, {**losses, "updates": updates}, metrics.copy)
+                run.advance(env_steps, {**losses, "updates": updates}, lambda: _take_all(metrics))
+
+
+def _take_all(metrics: dict[str, float]) -> dict[str, float]:
+    """What has come since the last line of the log, once."""
+    taken = dict(metrics)
+    metrics.clear()
+    return taken
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -252,13 +259,13 @@ def learn(cfg: Config, run: Run, agent: PPO | SAC, client: RewardClient | None, 
             if cfg.runner.resume_dir is not None:
                 run.resume(Path(cfg.runner.resume_dir))
             train_ppo(cfg, run, agent, make_train_envs(), client)
+        run.save("last")
+        if run.merit is None:
+            run.evaluate()
     except KeyboardInterrupt:
         run.save("last")
         print(f"\nstopped at step {run.step}; go on with runner.resume_dir={run.folder}/checkpoints/last")
         raise
-    if run.merit is None:
-        run.evaluate()
-    run.save("last")
     run.load_best()
 
 
@@ -306,9 +313,13 @@ def main() -> None:
             views = client.views if client is not None else ()
             learn(cfg, run, agent, client, lambda: open_envs(cfg.env.train, views))
         trained = time.perf_counter()
-        summary = run.report(fps=cfg.env.eval.control_freq or 20)
-    seconds = {"training": round(trained - start, 1), "evaluation": round(time.perf_counter() - trained, 1)}
-    save_json({**summary, "seconds": seconds, "versions": versions()}, folder / "summary.json")
+        summary = run.measure()
+        seconds = {
+            "training": round(trained - start, 1),
+            "evaluation": round(time.perf_counter() - trained, 1),
+        }
+        save_json({**summary, "seconds": seconds, "versions": versions()}, folder / "summary.json")
+        run.draw(fps=cfg.env.eval.control_freq or 20)
     print(
         f"{folder}: true success {summary['true_success_once']:.2f} once, "
         f"{summary['true_success_at_end']:.2f} at the end, of {summary['num_episodes']} fresh episodes"

@@ -3,7 +3,7 @@
     python train_resnet.py configs/reward_training.yaml [key=value ...]
     torchrun --nproc_per_node 2 train_resnet.py configs/reward_training.yaml      (data-parallel)
 
-In: `train.pt` and `val.pt` of preprocess_resnet.py (format: common/episodes.py), one or several of each.
+In: `train.pt` and `val.pt` of preprocess_resnet.py (format: common/payload.py), one or several of each.
 Out, in the run folder: `config.yaml`, `metrics.jsonl`, `checkpoint/` (format: common/resnet_reward.py) and,
 at the end, `summary.json`.
 

@@ -54,7 +54,12 @@ def run_stage(command: list[str]) -> float:
     """Print and run one command from the checkout. -> seconds."""
     print(f"\n$ python {shlex.join(command)}", flush=True)
     start = time.perf_counter()
-    code = subprocess.run([sys.executable, *command], cwd=ROOT).returncode
+    with subprocess.Popen([sys.executable, *command], cwd=ROOT) as process:
+        try:
+            code = process.wait()
+        except KeyboardInterrupt:  # the stage has got it too, and saves what it has
+            process.wait()
+            raise
     if code:
         sys.exit(code)
     return round(time.perf_counter() - start, 1)

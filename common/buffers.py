@@ -7,12 +7,10 @@ FIELDS = ("obs", "next_obs", "action", "reward", "terminal")
 
 
 class ReplayBuffer:
-    """A ring of transitions. A transition may wait for its reward (a reward model that answers later): until
-    `set_reward` it is stored but never sampled.
+    """A ring of transitions on `device`.
 
-    Fields, on `device`: obs, next_obs (capacity, D), action (capacity, A), reward (capacity,) float32,
-    terminal (capacity,) bool (True: the value of next_obs does not count). Slot numbers live on the CPU,
-    where the ring is kept, so that adding never waits for a GPU.
+    Fields: obs, next_obs (capacity, D), action (capacity, A), reward (capacity,) float32, terminal
+    (capacity,) bool (True: the value of next_obs does not count).
     """
 
     def __init__(
@@ -27,71 +25,35 @@ class ReplayBuffer:
         self.action = torch.zeros(capacity, action_dim, device=self.device)
         self.reward = torch.zeros(capacity, device=self.device)
         self.terminal = torch.zeros(capacity, dtype=torch.bool, device=self.device)
-        self.ready = torch.zeros(capacity, dtype=torch.bool)
         self.next_slot = 0
         self.size = 0
-        self.num_ready = 0
 
     def __len__(self) -> int:
         return self.size
 
-    def add(
-        self,
-        obs: Tensor,
-        next_obs: Tensor,
-        action: Tensor,
-        reward: Tensor,
-        terminal: Tensor,
-        ready: bool = True,
-    ) -> Tensor:
+    def add(self, obs: Tensor, next_obs: Tensor, action: Tensor, reward: Tensor, terminal: Tensor) -> None:
         """Store N transitions: obs, next_obs (N, D), action (N, A), reward, terminal (N,), on any device.
 
-        `ready=False`: they wait for `set_reward`. Returns their slots, LongTensor (N,) on the CPU, valid
-        until the ring comes round. Raises ValueError if N exceeds the capacity, RuntimeError before a
-        transition that still waits for its reward would be overwritten (its reward would land on another
-        transition).
+        Raises ValueError if N exceeds the capacity.
         """
         count = len(obs)
         if count > self.capacity:
             raise ValueError(f"{count} transitions at once into a buffer of {self.capacity}")
-        slots = (self.next_slot + torch.arange(count)) % self.capacity
-        filled = slots[slots < self.size]
-        replaced = int(self.ready[filled].sum())
-        if replaced < len(filled):
-            raise RuntimeError(
-                f"the replay buffer ({self.capacity}) came round to transitions that still wait for their "
-                "reward; make buffer_size larger or wait for the reward model"
-            )
-        where = slots.to(self.device)
-        values = (obs, next_obs, action, reward, terminal)
-        for name, value in zip(FIELDS, values, strict=True):
+        where = ((self.next_slot + torch.arange(count)) % self.capacity).to(self.device)
+        for name, value in zip(FIELDS, (obs, next_obs, action, reward, terminal), strict=True):
             field = self.field(name)
             field[where] = value.to(self.device, field.dtype)
-        self.ready[slots] = ready
-        self.num_ready += (count if ready else 0) - replaced
-        self.size += count - len(filled)
+        self.size = min(self.size + count, self.capacity)
         self.next_slot = (self.next_slot + count) % self.capacity
-        return slots
-
-    def set_reward(self, slots: Tensor, reward: Tensor) -> None:
-        """Write rewards (N,) to slots (N,), which may be sampled from now on. Also relabels ready
-        transitions.
-        """
-        self.reward[slots.to(self.device)] = reward.to(self.device, self.reward.dtype)
-        self.num_ready += int((~self.ready[slots]).sum())
-        self.ready[slots] = True
 
     def sample(self, batch_size: int, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """`batch_size` ready transitions, uniformly with replacement: a dict of FIELDS, on the buffer's
-        device.
+        """`batch_size` transitions, uniformly with replacement: a dict of FIELDS, on the buffer's device.
 
-        `generator` must live on that device. Raises RuntimeError while nothing is ready.
+        `generator` must live on that device. Raises RuntimeError while nothing is stored.
         """
-        if self.num_ready == 0:
-            raise RuntimeError(f"nothing to sample: {self.size} transitions stored, none has its reward yet")
-        slots = torch.randint(self.num_ready, (batch_size,), generator=generator, device=self.device)
-        if self.num_ready < self.size:
-            slots = self.ready.nonzero().squeeze(1).to(self.device)[slots]
+        if self.size == 0:
+            raise RuntimeError("nothing to sample: the replay buffer is empty")
+        slots = torch.randint(self.size, (batch_size,), generator=generator, device=self.device)
         return {name: self.field(name).index_select(0, slots) for name in FIELDS}
 
     def field(self, name: str) -> Tensor:
@@ -101,16 +63,13 @@ class ReplayBuffer:
         return vars(self)[name]
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The ready transitions, oldest first, on the CPU. Those that wait are left out: after a restart
-        nobody would ever send their rewards."""
-        order = (self.next_slot - self.size + torch.arange(self.size)) % self.capacity
-        order = order[self.ready[order]].to(self.device)
+        """What is stored, oldest first, on the CPU."""
+        order = ((self.next_slot - self.size + torch.arange(self.size)) % self.capacity).to(self.device)
         return {name: self.field(name)[order].cpu() for name in FIELDS}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Replace the content by a `state_dict`. A buffer too small for it keeps the newest transitions."""
-        self.next_slot = self.size = self.num_ready = 0
-        self.ready.zero_()
+        self.next_slot = self.size = 0
         self.add(*(state[name][-self.capacity :] for name in FIELDS))
 
 

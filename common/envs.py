@@ -1,7 +1,7 @@
 """ManiSkill tasks as batched envs with auto-reset, a state for the policy and camera frames on demand.
 
 `ManiSkillEnvs` is one simulation in this process: any number of envs on a GPU, one on the CPU (PhysX's CPU
-backend holds one env per scene). Many CPU envs are many processes: `common.workers`. Both are driven alike:
+backend holds one env per scene). Many CPU envs are many processes: see `env_workers`. Both are driven alike:
 
     obs = envs.reset(seed)                       # (N, D) float32
     envs.step_async(action, Render.IF_DONE)      # action (N, A) float32 in [-1, 1]
@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from gymnasium.spaces import Box
 
 from common.runtime import UserError
 from common.scenes import VIEWS, EnvConfig, camera_facts, make_base_env
@@ -133,17 +134,20 @@ class ManiSkillEnvs:
         truncated = truncated & ~terminated
         done = terminated | truncated
 
-        render = render.to(self.device)
-        wanted = (render >= Render.ALWAYS) | ((render == Render.IF_DONE) & done)
-        frame_ids = wanted.nonzero().squeeze(1)
-        frames = self.render(frame_ids)
+        frame_ids, frames = torch.zeros(0, dtype=torch.long, device=self.device), {}
+        if render.any():
+            render = render.to(self.device)
+            wanted = (render >= Render.ALWAYS) | ((render == Render.IF_DONE) & done)
+            frame_ids = wanted.nonzero().squeeze(1)
+            frames = self.render(frame_ids)
         info = {key: info[key].clone() for key in self.spec.info_types}
         next_obs, reset_ids, reset_frames = obs, frame_ids[:0], {}
         if done.any():
             next_obs = obs.clone()
             obs = self._reset_done(done)
-            reset_ids = (done & (render == Render.RECORD)).nonzero().squeeze(1)
-            reset_frames = self.render(reset_ids)
+            if render.any():
+                reset_ids = (done & (render == Render.RECORD)).nonzero().squeeze(1)
+                reset_frames = self.render(reset_ids)
         return Step(
             obs, next_obs, env_reward.float(), terminated, truncated, info,
             frames, frame_ids, reset_frames, reset_ids,
@@ -167,7 +171,7 @@ class ManiSkillEnvs:
         frames = {}
         for view, camera in cameras.items():
             rgb = camera.get_obs(rgb=True, depth=False, position=False, segmentation=False)["rgb"]
-            frames[view] = rgb if len(env_ids) == self.num_envs else rgb[env_ids]
+            frames[view] = rgb[env_ids]  # a copy: the renderer fills the same buffer again
         for marker in self.env._hidden_objects:
             marker.show_visual()
         return frames
@@ -200,6 +204,12 @@ class ManiSkillEnvs:
                 width = value[0].numel()
                 layout[name] = (column, column + width)
                 column += width
+        action_space = self.env.single_action_space
+        if not isinstance(action_space, Box) or action_space.low.min() < -1 or action_space.high.max() > 1:
+            raise UserError(
+                f"env.control_mode {self.cfg.control_mode} of {self.cfg.task} takes actions beyond [-1, 1], "
+                "or of several robots; choose a delta mode, of a task with one robot"
+            )
         if self.cfg.observe_time:
             layout["time"] = (column, column + 1)
             column += 1
@@ -211,13 +221,18 @@ class ManiSkillEnvs:
         cameras = {view: self.env._sensor_configs[view] for view in VIEWS}
         return EnvSpec(
             obs_dim=column,
-            action_dim=self.env.single_action_space.shape[0],
+            action_dim=action_space.shape[0],
             obs_layout=layout,
             info_types={k: scalars[k].dtype for k in sorted(scalars) if k != "elapsed_steps"},
             frame_shape={view: (cameras[view].height, cameras[view].width, 3) for view in self.views},
             task=self.cfg.task,
             task_description=self.cfg.description,
-            control={"mode": self.cfg.control_mode, "freq_hz": self.env.control_freq},
+            control={
+                "mode": self.cfg.control_mode,
+                "freq_hz": self.env.control_freq,
+                "max_episode_steps": self.cfg.max_episode_steps,
+                "observe_time": self.cfg.observe_time,
+            },
             render={
                 "task": self.cfg.task,
                 "shader": self.cfg.cameras.shader,

@@ -1,4 +1,4 @@
-"""Episodes on disk, and the image data sets made of them. This docstring is the formats' only description.
+"""Episodes on disk. This docstring is the format's only description.
 
 **Episode**: a pickle of one dict, named `rank_{r}_env_{e}_episode_{id}_step_{global}_{success|fail}.pkl`
 (older files lack `step_{global}_`). T is the number of actions.
@@ -30,15 +30,12 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from common.files import atomic_write, load_pickle
 from common.runtime import UserError
-
-if TYPE_CHECKING:  # importing torch costs 0.5 GB and seconds, and most of this module never needs it
-    pass
 
 VIEWS = ("main_images", "extra_view_images")
 

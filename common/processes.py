@@ -61,8 +61,12 @@ class Child:
         """True where `receive` would not wait: a message, or a child that has ended."""
         return bool(wait([self.connection, self.process.sentinel], timeout=0))
 
+    def hang_up(self) -> None:
+        """Tell the child to end, without waiting for it: its next recv ends it."""
+        self.connection.close()
+
     def close(self) -> None:
-        self.connection.close()  # the child's next recv ends it
+        self.hang_up()
         self.process.join(5)
         if self.process.is_alive():
             self.process.kill()

@@ -110,6 +110,13 @@ class Run:
         check_same_agent(meta, self.agent_meta, folder)
         self.agent.load_state_dict(state["agent"])
         self.step = self.logged_step = meta["step"]
+        self.best_step = meta["best_step"]
+        best, ours = folder.parent / "best", self.folder / "checkpoints" / "best"
+        if not self.runner.only_eval and meta["merit"] is not None and best.exists():
+            self.merit = tuple(meta["merit"])  # what comes must beat what was there
+            if best.resolve() != ours.resolve():
+                state_of_best, meta_of_best = load_checkpoint(best)
+                save_checkpoint(ours, state_of_best, meta_of_best)
         if self.buffer is not None and state.get("buffer") is not None:
             self.buffer.load_state_dict(state["buffer"])
         if "rng" in state:
@@ -122,19 +129,22 @@ class Run:
         state, _ = load_checkpoint(self.folder / "checkpoints" / "best", self.agent.device)
         self.agent.load_state_dict(state["agent"])
 
-    def report(self, fps: int) -> dict:
-        """The present agent on fresh episodes: numbers, pictures, a video. -> the core of summary.json."""
-        runner = self.runner
-        metrics = self.judge(runner.num_final_episodes, FINAL_SEED).metrics
+    def measure(self) -> dict:
+        """The present agent on fresh episodes. -> the core of summary.json."""
+        metrics = self.judge(self.runner.num_final_episodes, FINAL_SEED).metrics
         final = {name.removeprefix("eval/"): value for name, value in metrics.items()}
         self.log.log(self.step, {f"final/{name}": value for name, value in final.items()})
+        return {**final, "env_steps": self.step, "best_step": self.best_step}
+
+    def draw(self, fps: int) -> None:
+        """curves.png, scores.png and eval.mp4 of the present agent."""
+        runner = self.runner
+        if not runner.only_eval:
+            plot_learning_curves(self.folder / "metrics.jsonl", self.folder / "curves.png")
         if runner.num_video_episodes:
             traces = record_traces(
                 self.eval_envs, self.agent, self.client, runner.num_video_episodes, VIDEO_SEED + runner.seed
             )
             threshold = self.client.threshold if self.client is not None else 1.0
-            save_video(traces, threshold, self.folder / "eval.mp4", fps)
             plot_scores(traces, threshold, self.folder / "scores.png")
-        if not runner.only_eval:
-            plot_learning_curves(self.folder / "metrics.jsonl", self.folder / "curves.png")
-        return {**final, "env_steps": self.step, "best_step": self.best_step}
+            save_video(traces, threshold, self.folder / "eval.mp4", fps)

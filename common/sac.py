@@ -35,7 +35,9 @@ class SACConfig:
     gamma: float = 0.8  # ManiSkill's own SAC and the reference use 0.8: tasks of 50 short steps
     tau: float = 0.01  # share of the critic that flows into its target at each update
     batch_size: int = 1024
-    utd: float = 0.5  # updates per env step (all envs together)
+    utd: float = (
+        0.5  # updates per env step (all envs together); async_rollout: as many as fit, this is unused
+    )
     learning_starts: int = 4000  # env steps before the first online update
     buffer_size: int = 1_000_000
     target_entropy: float | None = None  # null: minus the number of action dimensions

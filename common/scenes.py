@@ -96,6 +96,8 @@ class EnvConfig:
     def __post_init__(self):
         if self.num_envs < 1:
             raise ValueError(f"num_envs must be at least 1, got {self.num_envs}")
+        if self.num_workers is not None and self.num_workers < 0:
+            raise ValueError(f"num_workers must not be negative, got {self.num_workers}")
         if self.max_episode_steps < 1:
             raise ValueError(f"max_episode_steps must be at least 1, got {self.max_episode_steps}")
         if self.data_collection.only_success and self.ignore_terminations:
@@ -221,14 +223,20 @@ def _camera_configs(cfg: EnvConfig, task_sensors, human_camera) -> list:
 
     def first(configs):
         configs = list(configs.values()) if isinstance(configs, dict) else configs
-        return configs[0] if isinstance(configs, (list, tuple)) else configs
+        if isinstance(configs, (list, tuple)):
+            return configs[0] if configs else None
+        return configs
 
     own = {"main_images": first(task_sensors), "extra_view_images": first(human_camera)}
     cameras = []
     for view, task_camera in own.items():
         ours: CameraConfig = getattr(cfg.cameras, view)
+        if ours.eye is None and (task_camera is None or task_camera.mount is not None):
+            raise UserError(
+                f"{cfg.task} has no fixed camera for {view}: set env.*.cameras.{view}.eye and target"
+            )
         pose = task_camera.pose if ours.eye is None else look_at(ours.eye, ours.target)
-        fov = task_camera.fov if ours.fov is None else ours.fov
+        fov = ours.fov or (task_camera.fov if task_camera is not None else None) or 1.0
         cameras.append(ManiSkillCamera(view, pose, ours.width, ours.height, fov=fov, near=0.01, far=100))
     return cameras
 

@@ -14,6 +14,7 @@ from common.runtime import UserError
 STEP_M = 0.1  # what an action of 1 moves the gripper by in one control step
 OPEN, CLOSED = 1.0, -1.0
 CUBE_HALF = 0.02
+CLEAR_HEIGHT = 0.12  # the closed hand passes over a cube
 SHOVE_HEIGHT, SHOVE_STEP = 0.03, 0.06  # longer steps near the end of the arm's reach find no joint solution
 
 
@@ -71,15 +72,21 @@ class ScriptedExpert:
             raise UserError(f"the scripted experts speak pd_ee_delta_pos, not {control_mode}")
         self.expert, self.layout = EXPERTS[task], obs_layout
 
-    def act(self, obs: Tensor, goal_offset: Tensor, object_offset: Tensor) -> Tensor:
-        """obs (N, D) -> action (N, 4) in [-1, 1]. Offsets (N, 3) in metres: aim beside the goal; believe the
-        object beside where it is, and miss it.
+    def act(self, obs: Tensor, goal_offset: Tensor, skip_object: Tensor) -> Tensor:
+        """obs (N, D) -> action (N, 4) in [-1, 1]. goal_offset (N, 3) in metres: aim beside the goal; skip_object
+        (N,) bool: bring an empty hand to the goal, over the object.
         """
         tcp, cube, goal = (self._part(obs, name)[:, :3] for name in ("tcp_pose", "obj_pose", "goal_pos"))
         grasped = (
             self._part(obs, "is_grasped")[:, 0] if "is_grasped" in self.layout else torch.zeros(len(obs))
         )
-        target, gripper = self.expert(tcp, cube + object_offset, goal + goal_offset, grasped)
+        aim = goal + goal_offset
+        target, gripper = self.expert(tcp, cube, aim, grasped)
+        arrived = (tcp[:, :2] - aim[:, :2]).norm(dim=1) < 0.03
+        straight = aim.clone()
+        straight[:, 2] = aim[:, 2].clamp(min=SHOVE_HEIGHT)
+        straight[~arrived, 2] = straight[~arrived, 2].clamp(min=CLEAR_HEIGHT)
+        target = torch.where(skip_object[:, None], straight, target)
         return torch.cat([((target - tcp) / STEP_M).clamp(-1, 1), gripper[:, None]], dim=1)
 
     def _part(self, obs: Tensor, name: str) -> Tensor:

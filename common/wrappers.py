@@ -25,7 +25,7 @@ class EpisodeRecorder:
         obs = self.envs.reset(seed)
         everyone = torch.arange(self.num_envs, device=self.device)
         frames = {view: images.cpu() for view, images in self.envs.render(everyone).items()}
-        self._episodes = [self._begin(i, obs[i], frames, i) for i in range(self.num_envs)]
+        self._episodes = [self._begin(i, obs[i].cpu(), frames, i) for i in range(self.num_envs)]
         return obs
 
     def step_async(self, action: torch.Tensor, render: Render | torch.Tensor = Render.NONE) -> None:
@@ -39,12 +39,13 @@ class EpisodeRecorder:
         env_reward, done = step.env_reward.tolist(), step.done.tolist()
         terminated, truncated = step.terminated.tolist(), step.truncated.tolist()
         info = {key: value.tolist() for key, value in step.info.items()}
+        next_obs, obs = step.next_obs.cpu(), step.obs.cpu()
         frames = {view: images.cpu() for view, images in step.frames.items()}
         reset_frames = {view: images.cpu() for view, images in step.reset_frames.items()}
         first_frame = {env: row for row, env in enumerate(step.reset_ids.tolist())}
         for i in range(self.num_envs):
             episode = self._episodes[i]
-            episode["observations"].append(self._observation(step.next_obs[i], frames, i))
+            episode["observations"].append(self._observation(next_obs[i], frames, i))
             episode["actions"].append(self._action[i].copy())
             episode["rewards"].append(env_reward[i])
             episode["terminated"].append(terminated[i])
@@ -52,7 +53,7 @@ class EpisodeRecorder:
             episode["infos"].append({key: value[i] for key, value in info.items()})
             if done[i]:
                 self._finish(episode)
-                self._episodes[i] = self._begin(i, step.obs[i], reset_frames, first_frame[i])
+                self._episodes[i] = self._begin(i, obs[i], reset_frames, first_frame[i])
         return self._only_asked(step)
 
     def step(self, action: torch.Tensor, render: Render | torch.Tensor = Render.NONE) -> Step:
@@ -86,7 +87,7 @@ class EpisodeRecorder:
         observation = {view: images[row].numpy().copy() for view, images in frames.items()}
         if "extra_view_images" in observation:
             observation["extra_view_images"] = observation["extra_view_images"][None]  # (V=1, H, W, 3)
-        return {**observation, "states": obs.cpu().numpy().copy()}
+        return {**observation, "states": obs.numpy().copy()}
 
     def _finish(self, episode: dict) -> None:
         success = any(info.get("success", False) for info in episode["infos"])

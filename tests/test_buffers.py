@@ -1,4 +1,4 @@
-"""The replay buffer: the ring, rewards that come later, and the mixing of batches."""
+"""The replay buffer: the ring, its state, and the mixing of batches."""
 
 import pytest
 import torch
@@ -6,11 +6,11 @@ import torch
 from common.buffers import ReplayBuffer, mix_batches
 
 
-def add(buffer: ReplayBuffer, numbers: list[int], ready: bool = True) -> torch.Tensor:
+def add(buffer: ReplayBuffer, numbers: list[int]) -> None:
     """Transitions whose every field carries its number; terminal if the number is odd."""
     x = torch.tensor(numbers, dtype=torch.float32)
     obs = x.unsqueeze(1).expand(-1, 3)
-    return buffer.add(obs, obs + 0.5, obs[:, :2] / 100, x, x % 2 == 1, ready=ready)
+    buffer.add(obs, obs + 0.5, obs[:, :2] / 100, x, x % 2 == 1)
 
 
 def stored(buffer: ReplayBuffer, draws: int = 300) -> set[int]:
@@ -19,9 +19,10 @@ def stored(buffer: ReplayBuffer, draws: int = 300) -> set[int]:
 
 def test_ring_keeps_the_newest():
     buffer = ReplayBuffer(5, 3, 2)
-    assert add(buffer, [0, 1, 2]).tolist() == [0, 1, 2]
-    assert add(buffer, [3, 4, 5, 6]).tolist() == [3, 4, 0, 1]
-    assert (len(buffer), buffer.num_ready) == (5, 5)
+    add(buffer, [0, 1, 2])
+    assert stored(buffer) == {0, 1, 2}
+    add(buffer, [3, 4, 5, 6])
+    assert len(buffer) == 5
     assert stored(buffer) == {2, 3, 4, 5, 6}
 
 
@@ -36,59 +37,21 @@ def test_fields_stay_together():
     assert torch.equal(batch["terminal"], number == 7)
 
 
-def test_waiting_transitions_are_never_sampled():
-    buffer = ReplayBuffer(10, 3, 2)
-    waiting = add(buffer, [1, 2], ready=False)
-    with pytest.raises(RuntimeError, match="none has its reward"):
-        buffer.sample(1)
-    add(buffer, [3])
-    assert stored(buffer) == {3}
-    buffer.set_reward(waiting[1:], torch.tensor([20.0]))
-    assert (len(buffer), buffer.num_ready) == (3, 2)
-    batch = buffer.sample(100)
-    assert set(batch["reward"].tolist()) == {3.0, 20.0}
-    assert set(batch["obs"][:, 0].tolist()) == {2.0, 3.0}
+def test_nothing_to_sample_is_said():
+    with pytest.raises(RuntimeError, match="the replay buffer is empty"):
+        ReplayBuffer(10, 3, 2).sample(1)
 
 
-def test_relabelling_counts_nothing_twice():
-    buffer = ReplayBuffer(4, 3, 2)
-    slots = add(buffer, [0, 1, 2])
-    buffer.set_reward(slots, torch.tensor([5.0, 6.0, 7.0]))
-    assert buffer.num_ready == 3
-    assert set(buffer.sample(100)["reward"].tolist()) == {5.0, 6.0, 7.0}
-
-
-def test_coming_round_to_a_waiting_transition_stops():
-    """Its late reward would otherwise be paid to the transition that took its place."""
-    buffer = ReplayBuffer(3, 3, 2)
-    slots = add(buffer, [0], ready=False)
-    add(buffer, [1, 2])
-    with pytest.raises(RuntimeError, match="still wait for their reward"):
-        add(buffer, [3])
-    buffer.set_reward(slots, torch.tensor([0.0]))
-    add(buffer, [3])
-    assert stored(buffer) == {1, 2, 3}
-
-
-def test_waiting_transitions_may_replace_ready_ones():
-    buffer = ReplayBuffer(3, 3, 2)
-    add(buffer, [0, 1, 2])
-    add(buffer, [3, 4], ready=False)
-    assert (len(buffer), buffer.num_ready) == (3, 1)
-    assert stored(buffer) == {2}
-
-
-def test_state_is_compact_and_oldest_first_without_the_waiting():
+def test_state_is_compact_and_oldest_first():
     buffer = ReplayBuffer(4, 3, 2)
     add(buffer, [0, 1, 2])
-    add(buffer, [3], ready=False)
     add(buffer, [4, 5])
     state = buffer.state_dict()
-    assert state["reward"].tolist() == [2.0, 4.0, 5.0]
+    assert state["reward"].tolist() == [1.0, 2.0, 4.0, 5.0]
     loaded = ReplayBuffer(2, 3, 2)
     loaded.load_state_dict(state)
     assert stored(loaded) == {4, 5}
-    assert add(loaded, [6]).tolist() == [0]
+    add(loaded, [6])
     assert stored(loaded) == {5, 6}
 
 

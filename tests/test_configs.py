@@ -47,7 +47,7 @@ def test_the_demo_fits_together():
     run = collected.runner.logger.log_path
     assert learned.algorithm.prior_data == f"{run}/collected_data"
     assert learned.reward.model.model_path == f"{trained.runner.logger.log_path}/checkpoint"
-    for key in ("task", "max_episode_steps", "control_freq", "control_mode", "cameras"):
+    for key in ("task", "max_episode_steps", "control_freq", "observe_time", "control_mode", "cameras"):
         recorded = vars(collected.env.eval)[key]
         assert vars(learned.env.train)[key] == vars(learned.env.eval)[key] == recorded
     size = collected.env.eval.cameras.main_images

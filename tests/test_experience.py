@@ -331,7 +331,7 @@ def test_prior_data_is_paid_as_the_rollout_pays(tmp_path, mode, reward, audit):
     assert buffer.next_obs[:, 0].tolist() == [1, 2, 3, 11, 12]
     assert buffer.action[:, 0].tolist() == [0, 1, 2, 0, 1]
     assert buffer.terminal.tolist() == [False, False, True, False, False]
-    assert buffer.num_ready == 5
+    assert len(buffer) == 5
     metrics = told.metrics("prior")
     assert metrics["prior/precision"] == audit["precision"]
     assert metrics["prior/false_positives_per_1000_steps"] == audit["fp"]

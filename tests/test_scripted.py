@@ -28,12 +28,12 @@ def test_expert_succeeds(task: str, num_steps: int, at_least: int):
     )
     envs = ManiSkillEnvs(cfg, num_envs=1)
     expert = ScriptedExpert(task, cfg.control_mode, envs.spec.obs_layout)
-    no_offset = torch.zeros(1, 3)
+    no_offset, false = torch.zeros(1, 3), torch.zeros(1, dtype=torch.bool)
 
     def num_successes(num_episodes: int, scale: float) -> int:
         obs, count = envs.reset(seed=11), 0
         while num_episodes:
-            step = envs.step(scale * expert.act(obs, no_offset, no_offset))
+            step = envs.step(scale * expert.act(obs, no_offset, false))
             obs = step.obs
             num_episodes -= int(step.done)
             count += int(step.terminated)
@@ -65,7 +65,9 @@ def state(tcp: list[float], cube: list[float], goal: list[float]) -> torch.Tenso
 def test_first_motions_around_a_cube_at_the_origin(task: str, tcp: list[float], direction: list[int]):
     goal = [0.2 if task == "PushCube-v1" else -0.2, 0.0, 0.0]
     obs = state(tcp, cube=[0.0, 0.0, 0.02], goal=goal)
-    action = ScriptedExpert(task, "pd_ee_delta_pos", LAYOUT).act(obs, torch.zeros(1, 3), torch.zeros(1, 3))
+    action = ScriptedExpert(task, "pd_ee_delta_pos", LAYOUT).act(
+        obs, torch.zeros(1, 3), torch.tensor([False])
+    )
     assert action.shape == (1, 4)
     assert action[0, :3].sign().tolist() == direction
     assert action.abs().max() <= 1
@@ -75,17 +77,21 @@ def test_first_motions_around_a_cube_at_the_origin(task: str, tcp: list[float], 
 def test_goal_offset_moves_the_end_of_the_push():
     obs = state([-0.021, 0.0, 0.03], cube=[0.0, 0.0, 0.02], goal=[0.03, 0.0, 0.0])
     expert = ScriptedExpert("PushCube-v1", "pd_ee_delta_pos", LAYOUT)
-    none = torch.zeros(1, 3)
+    none = torch.tensor([False])
     forward = [expert.act(obs, torch.tensor([[x, 0.0, 0.0]]), none)[0, 0] for x in (0.0, 0.02)]
     # (0.03 - 0.02 + 0.021) m at 0.1 m per step, and 2 cm more
     assert [round(float(x), 3) for x in forward] == [0.31, 0.51]
 
 
-def test_object_offset_makes_it_reach_beside_the_object():
-    obs = state([-0.055, 0.0, 0.08], cube=[0.0, 0.0, 0.02], goal=[0.2, 0.0, 0.0])
+def test_skipping_the_object_goes_over_it_and_down_at_the_goal():
     expert = ScriptedExpert("PushCube-v1", "pd_ee_delta_pos", LAYOUT)
-    aside = expert.act(obs, torch.zeros(1, 3), torch.tensor([[0.0, 0.05, 0.0]]))
-    assert [round(float(x), 3) for x in aside[0, :3]] == [0.0, 0.5, 0.0]  # 5 cm along y, coming down later
+    skip = torch.tensor([True])
+    for tcp, action in (
+        ([-0.05, 0.0, 0.12], [1.0, 0.0, 0.0]),  # past the cube at the origin, high
+        ([0.2, 0.0, 0.12], [0.0, 0.0, -0.9]),  # there: down to 3 cm
+    ):
+        obs = state(tcp, cube=[0.0, 0.0, 0.02], goal=[0.2, 0.0, 0.0])
+        assert expert.act(obs, torch.zeros(1, 3), skip)[0, :3].tolist() == pytest.approx(action, abs=1e-6)
 
 
 def test_what_no_expert_can_do_is_refused():
