@@ -73,8 +73,8 @@ class ScriptedExpert:
         self.expert, self.layout = EXPERTS[task], obs_layout
 
     def act(self, obs: Tensor, goal_offset: Tensor, skip_object: Tensor) -> Tensor:
-        """obs (N, D) -> action (N, 4) in [-1, 1]. goal_offset (N, 3) in metres: aim beside the goal; skip_object
-        (N,) bool: bring an empty hand to the goal, over the object.
+        """obs (N, D) -> action (N, 4) in [-1, 1]. goal_offset (N, 3) in metres: aim beside the goal;
+        skip_object (N,) bool: bring an empty hand to the goal, over the object.
         """
         tcp, cube, goal = (self._part(obs, name)[:, :3] for name in ("tcp_pose", "obj_pose", "goal_pos"))
         grasped = (

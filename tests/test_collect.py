@@ -68,7 +68,7 @@ def test_episodes_config_summary_and_table(first_start: tuple[Path, subprocess.C
     assert (summary["num_frames"], summary["env_steps"]) == (18, 6)
     assert sum(row["episodes"] for row in summary["by_policy"]) == 3
     assert yaml.safe_load((folder / "config.yaml").read_text())["env"]["eval"]["max_episode_steps"] == 2
-    header, *rows = [line.split() for line in done.stdout.strip().splitlines() if line][:5]
+    header, *rows = [line.split() for line in done.stdout.strip().splitlines() if line][:6]
     assert header == ["policy", "episodes", "succeeded", "once"]
     assert [row[0] for row in rows] == ["scripted"] * 4 + ["random"]
     assert f"{folder}/collected_data: 3 episodes, 0 successes; this start wrote 18 frames" in done.stdout
