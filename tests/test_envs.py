@@ -119,6 +119,30 @@ def test_a_step_is_not_changed_by_the_next(push: ManiSkillEnvs):
         assert torch.equal(now, then)
 
 
+class OneBufferCamera:
+    """A camera as on a GPU: every picture is a view of one buffer, which the next picture fills."""
+
+    def __init__(self):
+        self.buffer, self.number = torch.zeros(1, 4, 4, 4, dtype=torch.uint8), 0
+
+    def capture(self) -> None:
+        self.number += 1
+        self.buffer.fill_(self.number)
+
+    def get_obs(self, **_) -> dict[str, torch.Tensor]:
+        return {"rgb": self.buffer[..., :3]}
+
+
+def test_pictures_outlive_the_renderers_buffer(push: ManiSkillEnvs, monkeypatch):
+    """Under RECORD the last frame of an episode and the first of the next come from one step."""
+    cameras = {view: OneBufferCamera() for view in VIEWS}
+    monkeypatch.setattr(push.env.scene, "sensors", cameras)
+    monkeypatch.setattr(push.env.scene, "update_render", lambda **_: None)
+    last = run(push, seed=5, num_steps=3, render=Render.RECORD)[-1]
+    assert last.truncated.all()
+    assert (int(last.frames["main_images"].max()), int(last.reset_frames["main_images"].max())) == (3, 4)
+
+
 @pytest.mark.parametrize(
     ("ignore_terminations", "success_step", "terminated", "truncated"),
     [

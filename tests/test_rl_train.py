@@ -270,6 +270,9 @@ def test_a_run_goes_on_from_last_and_best_can_be_evaluated_alone(made, run_here,
     assert after["obs"][:24].equal(before["obs"])
     # what follows are other episodes, not the first ones once more
     assert not after["obs"][24:26].equal(before["obs"][:2])
+    # the best of both is kept: a worse policy never takes the place of a better one
+    merits = [load_checkpoint(folder / "checkpoints" / "best")[1]["merit"] for folder in (first, second)]
+    assert merits[1] >= merits[0]
 
     run_here(
         demo(made, alone, "runner.only_eval=true", f"runner.resume_dir={first / 'checkpoints' / 'best'}")
