@@ -136,7 +136,6 @@ def test_it_stops_by_successes_and_failures(tmp_path: Path, start):
         ("policies=[{name: random, noise: [0.5, 0.1]}]", "noise is a range [low, high] from 0 up"),
         ("policies=[{name: checkpoint}]", "needs the path of a checkpoint folder"),
         ("policies=[{name: scriptd}]", "scripted"),
-        ("runner.num_episodes=null", "say when to stop"),
         ("env.eval.data_collection.only_success=true", "only_success keeps episodes that terminated"),
         ("runner.num_episode=3", "num_episodes"),
     ],

@@ -393,7 +393,7 @@ def test_what_does_not_fit_is_named_before_anything_is_trained(made, run_here, t
     ("change", "message"),
     [
         ("actor.model.hidden_dims=[32]", r"actor.model.hidden_dims \[16\], but the config says \[32\]"),
-        ("algorithm.num_critics=3", "algorithm.num_critics 2, but the config says 3"),
+        ("algorithm.num_critics=3", "algorithm.num_critics 4, but the config says 3"),
         ("algorithm.auto_alpha=false", "algorithm.auto_alpha True, but the config says False"),
     ],
 )
