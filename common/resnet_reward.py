@@ -264,9 +264,10 @@ def _first_of(names: list[str]) -> str:
 def load_resnet(section: ResNetRewardConfig, device: torch.device | None = None) -> ResNetRewardModel:
     """The model of `section.model_path`, ready to score, on `device` (default: the section's).
 
-    From a checkpoint folder everything but precision and device is read from its `reward.json`, and a field
-    of the section that says otherwise is refused; golden frames are scored and compared. A bare state dict is
-    rebuilt by the section alone and has an empty `meta`. Raises UserError.
+    From a checkpoint folder everything but precision and device is read from its `reward.json`; golden
+    frames are scored and compared. Another arch, hidden_dim or image_size in the section is refused; its
+    views and dropout give way. A bare state dict is rebuilt by the section alone and has an empty `meta`.
+    Raises UserError.
     """
     if section.model_path is None:
         raise UserError("model_path is not set; give the checkpoint that train_resnet.py wrote")

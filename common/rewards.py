@@ -1,6 +1,6 @@
 """From a reward model's probability to the number the learner is told: pure functions, one for each rule.
 
-    success      = success_prob >= reward_threshold             (the only such comparison in the project)
+    success      = success_prob >= reward_threshold             (the one verdict; metrics.py counts by it)
     model_reward = success_prob where success, else 0
     reward       = env_reward_weight * env_reward + reward_weight * model_reward
 
