@@ -10,6 +10,7 @@
 - `actions`: list of T arrays (A,) float32.
 - `rewards`, `terminated`, `truncated`, `infos`: lists of T+1. The first entry is the reset's (0.0, False,
   False, {}), so that all align with `observations`.
+- `gae`: list of T+1 float, optional: a critic's score of each observation (`common.trend` says what it is).
 - `task`, `task_description`: str, optional: env id, and the task in words.
 - `render`, `control`: dict or None, optional: what the cameras were; what an action means (control mode
   and rate). Only ever compared for equality.
@@ -53,6 +54,7 @@ class Episode:
     images: dict[str, np.ndarray]  # view -> (T+1, H, W, 3) uint8, the views asked for
     actions: np.ndarray  # (T, A) float32
     rewards: np.ndarray  # (T+1,) float32, [0] is the reset's 0
+    gae: np.ndarray | None  # (T+1,) float32
     terminated: np.ndarray  # (T+1,) bool
     truncated: np.ndarray  # (T+1,) bool
     success: np.ndarray  # (T+1,) bool, each frame's own truth
@@ -102,6 +104,7 @@ def read_episode(path: str | Path, views: tuple[str, ...] | None = ("main_images
         images=images,
         actions=record.stack("actions", record.data["actions"], np.float32),
         rewards=record.scalars("rewards", 0.0, np.float32),
+        gae=record.gae(),
         terminated=record.scalars("terminated", False, bool),
         truncated=record.scalars("truncated", False, bool),
         success=record.labels(),
@@ -168,6 +171,19 @@ class _Record:
             return np.array([_scalar(value) for value in values], dtype=dtype)
         except (ValueError, TypeError) as error:
             raise self.error(f"has unusable {key}: {error}") from error
+
+    def gae(self) -> np.ndarray | None:
+        """(T+1,) float32. A list of T, one per action, is brought to T+1 by repeating its last value."""
+        values = self.data.get("gae")
+        if values is None:
+            return None
+        try:
+            score = np.array([_scalar(value) for value in values], dtype=np.float32)
+        except (ValueError, TypeError) as error:
+            raise self.error(f"has unusable gae: {error}") from error
+        if len(score) not in (self.length, self.length + 1):
+            raise self.error(f"has {len(score)} gae for {self.length} actions; expected T or T+1")
+        return np.append(score, score[-1]) if 0 < len(score) == self.length else score
 
     def scalar(self, key: str) -> float | int | bool:
         try:
