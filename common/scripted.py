@@ -9,11 +9,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from common.geometry import CUBE_HALF
 from common.runtime import UserError
 
 STEP_M = 0.1  # what an action of 1 moves the gripper by in one control step
 OPEN, CLOSED = 1.0, -1.0
-CUBE_HALF = 0.02
 CLEAR_HEIGHT = 0.12  # the closed hand passes over a cube
 SHOVE_HEIGHT, SHOVE_STEP = 0.03, 0.06  # longer steps near the end of the arm's reach find no joint solution
 

@@ -4,6 +4,7 @@ import torch
 
 from common.envs import EnvSpec, Render, Step
 from common.episodes import EpisodeWriter
+from common.geometry import success_distance
 from common.scenes import DataCollectionConfig
 
 
@@ -25,7 +26,8 @@ class EpisodeRecorder:
         obs = self.envs.reset(seed)
         everyone = torch.arange(self.num_envs, device=self.device)
         frames = {view: images.cpu() for view, images in self.envs.render(everyone).items()}
-        self._episodes = [self._begin(i, obs[i].cpu(), frames, i) for i in range(self.num_envs)]
+        infos, obs_cpu = self._geometry(obs), obs.cpu()
+        self._episodes = [self._begin(i, obs_cpu[i], frames, i, infos) for i in range(self.num_envs)]
         return obs
 
     def step_async(self, action: torch.Tensor, render: Render | torch.Tensor = Render.NONE) -> None:
@@ -38,7 +40,8 @@ class EpisodeRecorder:
         self.num_steps += self.num_envs
         env_reward, done = step.env_reward.tolist(), step.done.tolist()
         terminated, truncated = step.terminated.tolist(), step.truncated.tolist()
-        info = {key: value.tolist() for key, value in step.info.items()}
+        info = {key: value.tolist() for key, value in step.info.items()} | self._geometry(step.next_obs)
+        first_info = self._geometry(step.obs) if any(done) else {}
         next_obs, obs = step.next_obs.cpu(), step.obs.cpu()
         frames = {view: images.cpu() for view, images in step.frames.items()}
         reset_frames = {view: images.cpu() for view, images in step.reset_frames.items()}
@@ -53,7 +56,7 @@ class EpisodeRecorder:
             episode["infos"].append({key: value[i] for key, value in info.items()})
             if done[i]:
                 self._finish(episode)
-                self._episodes[i] = self._begin(i, obs[i], reset_frames, first_frame[i])
+                self._episodes[i] = self._begin(i, obs[i], reset_frames, first_frame[i], first_info)
         return self._only_asked(step)
 
     def step(self, action: torch.Tensor, render: Render | torch.Tensor = Render.NONE) -> Step:
@@ -65,7 +68,14 @@ class EpisodeRecorder:
 
     # -- parts ---------------------------------------------------------------------------------------
 
-    def _begin(self, env_idx: int, obs: torch.Tensor, frames: dict[str, torch.Tensor], row: int) -> dict:
+    def _geometry(self, obs: torch.Tensor) -> dict[str, list[float]]:
+        """What the task's geometry says of obs (N, D), per env: nothing where the task has no rule."""
+        distance = success_distance(self.spec.task, self.spec.obs_layout, obs)
+        return {} if distance is None else {"success_distance": distance.tolist()}
+
+    def _begin(
+        self, env_idx: int, obs: torch.Tensor, frames: dict[str, torch.Tensor], row: int, infos: dict
+    ) -> dict:
         return {
             "rank": 0,
             "env_idx": env_idx,
@@ -74,7 +84,7 @@ class EpisodeRecorder:
             "rewards": [0.0],
             "terminated": [False],
             "truncated": [False],
-            "infos": [{}],
+            "infos": [{key: value[env_idx] for key, value in infos.items()}],
             "task": self.spec.task,
             "task_description": self.spec.task_description,
             "render": self.spec.render,

@@ -1,5 +1,6 @@
 """EpisodeRecorder over a double whose states and pictures say of which env, episode and step they are."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -109,6 +110,43 @@ def test_observations_actions_and_outcomes_align(tmp_path: Path):
         assert not episode.terminated.any()
         assert [info.get("grasped") for info in episode.infos] == [None, *times[1:].tolist()]
         assert (episode.layout, episode.length) == ("T+1", length)
+
+
+class ToyPush(ToyEnvs):
+    """As PushCube: the gripper starts 1 m behind where it pushes and comes 0.1 m nearer with each step."""
+
+    def __init__(self, lengths: list[int]):
+        super().__init__(lengths)
+        layout = {"tcp_pose": (0, 3), "obj_pose": (3, 6), "goal_pos": (6, 9)}
+        self.spec = replace(SPEC, task="PushCube-v1", obs_layout=layout, obs_dim=9)
+
+    def _mark(self) -> torch.Tensor:
+        obs = torch.zeros(self.num_envs, 9)
+        obs[:, 0] = -0.025 - 1.0 + 0.1 * torch.tensor(self.t)
+        obs[:, 6] = 0.2 * torch.tensor(self.episode)  # the goal, 0.2 m farther in each episode
+        return obs
+
+    @staticmethod
+    def _pictures(marks: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {view: torch.zeros(len(marks), 8, 8, 3, dtype=torch.uint8) for view in VIEWS}
+
+
+def test_metres_left_are_in_every_info_of_a_task_with_a_rule(tmp_path: Path):
+    """The reset's too: they are of the same state as the frame beside them, also after an auto-reset."""
+    record(tmp_path, ToyPush([2, 3]), num_steps=4)
+    episodes = [read_episode(path) for path in list_episodes(tmp_path)]
+    distance = {
+        (episode.env_idx, episode.episode_id): [info["success_distance"] for info in episode.infos]
+        for episode in episodes
+    }
+    reach = [0.99, 0.89, 0.79, 0.69]  # less the 1 cm that counts as there
+    assert set(distance) == {(0, 0), (0, 1), (1, 0)}
+    assert distance[0, 0] == pytest.approx(reach[:3], abs=1e-5)
+    assert distance[0, 1] == pytest.approx([0.4 + d for d in reach[:3]], abs=1e-5)
+    assert distance[1, 0] == pytest.approx(reach, abs=1e-5)
+    first = next(episode for episode in episodes if episode.env_idx == 0 and episode.episode_id == 0)
+    assert set(first.infos[0]) == {"success_distance"}
+    assert first.success.tolist() == [False, True, False]  # the reset entry still says fail
 
 
 def test_success_is_of_the_episode_and_of_each_frame(tmp_path: Path):
