@@ -98,9 +98,9 @@ class BatchIndices:
         self.positive_fraction = positive_fraction
         self.rng = np.random.default_rng(seed)
         if positive_fraction is None:
-            self.decks = [_Deck(np.arange(len(labels)), self.rng)]
+            self.decks = [Deck(np.arange(len(labels)), self.rng)]
         else:
-            self.decks = [_Deck(np.flatnonzero(labels == wanted), self.rng) for wanted in (True, False)]
+            self.decks = [Deck(np.flatnonzero(labels == wanted), self.rng) for wanted in (True, False)]
 
     def draw(self, batch_size: int) -> np.ndarray:
         """(batch_size,) int64; at least one of each class where the classes are balanced."""
@@ -112,7 +112,9 @@ class BatchIndices:
         )
 
 
-class _Deck:
+class Deck:
+    """Cards that are dealt in random order; each once before any comes again."""
+
     def __init__(self, cards: np.ndarray, rng: np.random.Generator):
         self.cards, self.rng = cards, rng
         self.left = np.empty(0, dtype=np.int64)

@@ -44,7 +44,16 @@ LEVELS = [
     # 3 the world
     ["geometry", "scenes", "envs", "wrappers", "scripted", "devices", "arms", "franka"],
     # 4 other processes, pictures
-    ["env_workers", "reward_models", "reward_client", "judging", "reward_link", "video", "report"],
+    [
+        "env_workers",
+        "reward_models",
+        "reward_client",
+        "judging",
+        "reward_link",
+        "video",
+        "report",
+        "trend_report",
+    ],
     # 5 parts of an RL run
     ["agents", "experience", "evaluation", "async_rollout", "run"],
 ]
@@ -57,9 +66,11 @@ WITHIN_LEVEL = {
     "declarations": {"config"},
     "yaml_tree": {"config"},
     "episodes": {"trend", "windows"},
-    "trend": {"prompts", "windows"},
-    "prompts": {"windows"},
+    "trend": {"prompts", "windows", "rewards"},
+    "prompts": {"windows", "rewards"},
+    "history": {"rewards"},
     "payload": {"frames"},
+    "frames": {"windows"},
     "nets": {"ppo", "sac"},
     "buffers": {"ppo", "sac"},
     "resnets": {"resnet_reward"},
@@ -72,6 +83,7 @@ WITHIN_LEVEL = {
     "scenes": {"envs", "wrappers"},
     "envs": {"wrappers"},
     "video": {"report"},
+    "report": {"trend_report"},
     "agents": {"async_rollout", "run"},
     "experience": {"async_rollout"},
     "evaluation": {"run"},
