@@ -1,6 +1,7 @@
 """Scripted experts: proportional controllers on the state, in `pd_ee_delta_pos` (x, y, z, gripper, -1 to 1).
 
 They choose the next point from the state alone, without a memory of phases, so they recover from noise.
+They also know how not to do the task: `back` gives up ground, `wrong_way` takes the object from the goal.
 Distances in metres. At 10 Hz they succeed after about 8 (push), 6 (pull) and 10 (pick) steps.
 """
 
@@ -61,6 +62,12 @@ EXPERTS: dict[str, Callable] = {
     "PickCube-v1": pick_cube,
 }
 
+AWAY: dict[str, Callable] = {  # who brings an object to a goal on its other side
+    "PushCube-v1": pull_cube,
+    "PullCube-v1": push_cube,
+    "PickCube-v1": pick_cube,
+}
+
 
 class ScriptedExpert:
     """The expert of one task, for batches of states laid out as `obs_layout` says."""
@@ -70,16 +77,13 @@ class ScriptedExpert:
             raise UserError(f"no scripted expert for {task}; there is one for {', '.join(EXPERTS)}")
         if control_mode != "pd_ee_delta_pos":
             raise UserError(f"the scripted experts speak pd_ee_delta_pos, not {control_mode}")
-        self.expert, self.layout = EXPERTS[task], obs_layout
+        self.expert, self.away, self.layout = EXPERTS[task], AWAY[task], obs_layout
 
     def act(self, obs: Tensor, goal_offset: Tensor, skip_object: Tensor) -> Tensor:
         """obs (N, D) -> action (N, 4) in [-1, 1]. goal_offset (N, 3) in metres: aim beside the goal;
         skip_object (N,) bool: bring an empty hand to the goal, over the object.
         """
-        tcp, cube, goal = (self._part(obs, name)[:, :3] for name in ("tcp_pose", "obj_pose", "goal_pos"))
-        grasped = (
-            self._part(obs, "is_grasped")[:, 0] if "is_grasped" in self.layout else torch.zeros(len(obs))
-        )
+        tcp, cube, goal, grasped = self._parts(obs)
         aim = goal + goal_offset
         target, gripper = self.expert(tcp, cube, aim, grasped)
         arrived = (tcp[:, :2] - aim[:, :2]).norm(dim=1) < 0.03
@@ -87,8 +91,37 @@ class ScriptedExpert:
         straight[:, 2] = aim[:, 2].clamp(min=SHOVE_HEIGHT)
         straight[~arrived, 2] = straight[~arrived, 2].clamp(min=CLEAR_HEIGHT)
         target = torch.where(skip_object[:, None], straight, target)
-        return torch.cat([((target - tcp) / STEP_M).clamp(-1, 1), gripper[:, None]], dim=1)
+        return _towards(target, gripper, tcp)
 
-    def _part(self, obs: Tensor, name: str) -> Tensor:
-        start, stop = self.layout[name]
-        return obs[:, start:stop]
+    def back(self, obs: Tensor, first_obs: Tensor) -> Tensor:
+        """-> action (N, 4): the closed hand returns to where it was in first_obs (N, D)."""
+        tcp = self._parts(obs)[0]
+        return _towards(self._parts(first_obs)[0], torch.full_like(tcp[:, 0], CLOSED), tcp)
+
+    def touch(self, obs: Tensor) -> Tensor:
+        """-> action (N, 4): the closed hand goes straight to the object."""
+        tcp, cube, _, _ = self._parts(obs)
+        return _towards(cube, torch.full_like(tcp[:, 0], CLOSED), tcp)
+
+    def wrong_way(self, obs: Tensor, first_obs: Tensor) -> Tensor:
+        """-> action (N, 4): the object goes as far from where first_obs (N, D) had it, away from the goal."""
+        tcp, cube, goal, grasped = self._parts(obs)
+        cube_then = self._parts(first_obs)[1]
+        mirrored = 2 * cube_then - goal
+        mirrored[:, 2] = cube_then[:, 2]
+        target, gripper = self.away(tcp, cube, mirrored, grasped)
+        return _towards(target, gripper, tcp)
+
+    def _parts(self, obs: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """tcp, cube, goal (N, 3) in metres, grasped (N,)."""
+        start = {name: columns[0] for name, columns in self.layout.items()}
+        tcp, cube, goal = (
+            obs[:, start[name] : start[name] + 3] for name in ("tcp_pose", "obj_pose", "goal_pos")
+        )
+        grasped = obs[:, start["is_grasped"]] if "is_grasped" in start else torch.zeros(len(obs))
+        return tcp, cube, goal, grasped
+
+
+def _towards(target: Tensor, gripper: Tensor, tcp: Tensor) -> Tensor:
+    """Action (N, 4) that brings the gripper, at tcp (N, 3), as near to target (N, 3) as one step can."""
+    return torch.cat([((target - tcp) / STEP_M).clamp(-1, 1), gripper[:, None]], dim=1)

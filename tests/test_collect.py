@@ -134,6 +134,9 @@ def test_it_stops_by_successes_and_failures(tmp_path: Path, start):
         ("policies=[]", "at least one with a weight above 0"),
         ("policies=[{name: random, weight: -1}]", "weight must be 0 or more"),
         ("policies=[{name: random, noise: [0.5, 0.1]}]", "noise is a range [low, high] from 0 up"),
+        ("policies=[{name: random, to_object: 2}]", "to_object is a share from 0 to 1"),
+        ("policies=[{name: scripted, speed: [-1, 1]}]", "speed is a range [low, high] from 0 up"),
+        ("policies=[{name: scripted, motion: sideways}]", "wrong_way"),
         ("policies=[{name: checkpoint}]", "needs the path of a checkpoint folder"),
         ("policies=[{name: scriptd}]", "scripted"),
         ("env.eval.data_collection.only_success=true", "only_success keeps episodes that terminated"),
@@ -214,9 +217,60 @@ def test_noise_keeps_its_size_from_step_to_step():
     assert abs(along - collect.NOISE_MEMORY) < 0.03
 
 
+def scene(tcp_x: float = 0.0) -> torch.Tensor:
+    """Two envs as LAYOUT says: the gripper at (tcp_x, 0, 0.2), the object at (0.3, 0, 0.2), then the goal."""
+    obs = torch.zeros(2, 17)
+    obs[:, [0, 2]] = torch.tensor([tcp_x, 0.2])
+    obs[:, 7] = 0.5
+    obs[:, [10, 12]] = torch.tensor([0.3, 0.2])
+    return obs
+
+
+@pytest.mark.parametrize(
+    ("motion", "expected"),
+    [
+        # the gripper is at x = 0.05 from the second step on: back is -0.5, in units of 0.1 m
+        ("forward", [1.0, 1.0, 1.0, 1.0]),
+        ("retreat", [1.0, -0.5, -0.5, -0.5]),
+        ("oscillate", [1.0, -0.5, 1.0, -0.5]),
+    ],
+)
+def test_motions_turn_back_to_where_the_gripper_began(motion: str, expected: list):
+    mix = make_mix(ScriptedPolicy(motion=motion, turn_after=(0.25, 0.25)), num_envs=2)
+    moves = [mix.act(scene(0.0 if t == 0 else 0.05))[:, 0].tolist() for t in range(4)]
+    assert moves == [[pytest.approx(x)] * 2 for x in expected]
+    mix.begin(torch.tensor([1]))
+    assert mix.act(scene(0.05))[1, 0] == 1  # another episode: forward again
+
+
+def test_speed_scales_the_way_and_not_the_gripper():
+    half = make_mix(ScriptedPolicy(speed=(0.5, 0.5)), num_envs=2).act(scene())
+    full = make_mix(ScriptedPolicy(), num_envs=2).act(scene())
+    assert torch.equal(half[:, :3], 0.5 * full[:, :3])
+    assert torch.equal(half[:, 3], full[:, 3])
+
+
+def test_a_drift_keeps_its_direction_and_size_for_an_episode():
+    mix = make_mix(RandomPolicy(noise=(0.0, 0.0), drift=(0.3, 0.3)), num_envs=2)
+    first, second = mix.act(scene()), mix.act(scene(0.1))
+    assert torch.equal(first, second)
+    assert first.norm(dim=1).tolist() == pytest.approx([0.3, 0.3])
+    assert not torch.equal(first[0], first[1])
+    mix.begin(torch.tensor([1]))
+    assert torch.equal(mix.act(scene()), first) is False
+
+
+def test_a_drift_to_the_object_follows_it_and_stops_there():
+    mix = make_mix(RandomPolicy(noise=(0.0, 0.0), drift=(0.4, 0.4), to_object=1.0), num_envs=2)
+    for tcp_x, move in ((0.0, 0.4), (0.28, 0.2), (0.3, 0.0), (0.4, -0.4)):  # 0.2 is the 2 cm that are left
+        assert mix.act(scene(tcp_x))[:, :3].tolist() == [pytest.approx([move, 0.0, 0.0], abs=1e-6)] * 2
+    shares = make_mix(RandomPolicy(drift=(0.4, 0.4), to_object=0.5), num_envs=400).to_object
+    assert 160 < int(shares.sum()) < 240
+
+
 def test_a_seed_fixes_the_mix():
     obs = torch.zeros(4, 17)
-    policies = RandomPolicy(), ScriptedPolicy(noise=(0.1, 0.5), goal_offset_m=(0.0, 0.1))
+    policies = RandomPolicy(drift=(0.1, 0.5)), ScriptedPolicy(noise=(0.1, 0.5), goal_offset_m=(0.0, 0.1))
     first, same, other = (make_mix(*policies, seed=seed).act(obs) for seed in (3, 3, 4))
     assert torch.equal(first, same)
     assert not torch.equal(first, other)

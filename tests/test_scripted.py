@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from common.envs import ManiSkillEnvs
+from common.geometry import success_distance
 from common.runtime import UserError
 from common.scenes import CameraConfig, CamerasConfig, EnvConfig
 from common.scripted import EXPERTS, ScriptedExpert
@@ -92,6 +93,32 @@ def test_skipping_the_object_goes_over_it_and_down_at_the_goal():
     ):
         obs = state(tcp, cube=[0.0, 0.0, 0.02], goal=[0.2, 0.0, 0.0])
         assert expert.act(obs, torch.zeros(1, 3), skip)[0, :3].tolist() == pytest.approx(action, abs=1e-6)
+
+
+@pytest.mark.parametrize("task", ["PushCube-v1", "PullCube-v1", "PickCube-v1"])
+def test_wrong_way_takes_the_object_from_the_goal(task: str):
+    cfg = EnvConfig(
+        task=task, control_freq=10, sim_backend="cpu", render_backend="cpu", cameras=CamerasConfig(TINY, TINY)
+    )
+    envs = ManiSkillEnvs(cfg, num_envs=1)
+    expert = ScriptedExpert(task, cfg.control_mode, envs.spec.obs_layout)
+    obs = first_obs = envs.reset(seed=4)
+    distance = []
+    for _ in range(18):
+        distance.append(float(success_distance(task, envs.spec.obs_layout, obs)))
+        step = envs.step(expert.wrong_way(obs, first_obs))
+        assert not step.success
+        obs = step.obs
+    envs.close()
+    assert distance[-1] > min(distance) + 0.15
+
+
+def test_back_and_touch_go_straight_with_a_closed_hand():
+    first_obs = state([-0.1, 0.0, 0.2], cube=[0.0, 0.0, 0.02], goal=[0.2, 0.0, 0.0])
+    obs = state([-0.05, 0.02, 0.05], cube=[0.0, 0.0, 0.02], goal=[0.2, 0.0, 0.0])
+    expert = ScriptedExpert("PushCube-v1", "pd_ee_delta_pos", LAYOUT)
+    assert expert.back(obs, first_obs)[0].tolist() == pytest.approx([-0.5, -0.2, 1.0, -1.0], abs=1e-6)
+    assert expert.touch(obs)[0].tolist() == pytest.approx([0.5, -0.2, -0.3, -1.0], abs=1e-6)
 
 
 def test_what_no_expert_can_do_is_refused():
