@@ -25,11 +25,12 @@ from common.env_workers import EnvPool
 from common.episodes import EpisodeWriter
 from common.experience import EpisodeStats, Replay, Rollout, prior_buffer
 from common.files import new_run_dir, save_json
+from common.judging import distance_of, make_audit, make_watch, pay
 from common.log import RunLog
 from common.nets import ActorModelConfig, OptimConfig
 from common.ppo import PPO, PPOConfig
 from common.reward_client import RewardClient, RewardConfig, make_reward_client
-from common.rewards import Audit, add_bootstrap, combine_reward
+from common.rewards import add_bootstrap, combine_reward
 from common.run import Run, RunnerConfig
 from common.runtime import UserError, pick_device, run_script, seed_everything, set_threads, versions
 from common.sac import SAC, SACConfig
@@ -91,15 +92,22 @@ class Config:
 
 def train_ppo(cfg: Config, run: Run, agent: PPO, envs, client: RewardClient | None) -> None:
     algorithm, n = cfg.algorithm, envs.num_envs
-    audit, stats = Audit(), EpisodeStats(n, cfg.reward)
+    audit, stats, watch = (
+        make_audit(cfg.reward),
+        EpisodeStats(n, cfg.reward),
+        make_watch(cfg.reward, client, n),
+    )
     obs = envs.reset(cfg.runner.seed + run.step)
     while run.running:
-        steps = []
+        steps, looks = [], []
         for t in range(algorithm.num_steps):
             action, logprob, value = agent.act_with_value(obs)
-            step = envs.step(action.clamp(-1, 1).to(envs.device), cfg.reward.render)
+            step = envs.step(action.clamp(-1, 1).to(envs.device), watch.render())
+            distance = distance_of(envs.spec, step.next_obs)
+            looks.append(watch.look(step.frames, step.frame_ids, step.success, step.done, distance))
             if client is not None:
-                client.submit(step.frames, t * n + step.frame_ids.cpu())
+                client.submit(looks[-1].data, t * watch.num_slots + looks[-1].slots)
+            looks[-1].data = {}
             steps.append({"obs": obs, "action": action, "logprob": logprob, "value": value, **step.arrays})
             obs = step.obs
         rollout = {
@@ -107,18 +115,23 @@ def train_ppo(cfg: Config, run: Run, agent: PPO, envs, client: RewardClient | No
         }  # (T, N, ..)
 
         # The verdicts have been coming in while the envs moved; only now are they needed.
-        model_reward = torch.zeros_like(rollout["env_reward"])
-        learned = torch.zeros(model_reward.shape, dtype=torch.bool)
+        verdict = torch.zeros(algorithm.num_steps, watch.num_slots)
+        learned = torch.zeros(verdict.shape, dtype=torch.bool)
+        truth = torch.cat([look.truth for look in looks])
         for verdicts in client.receive(wait=True) if client is not None else []:
-            model_reward.view(-1)[verdicts.keys] = verdicts.model_reward.to(agent.device)
-            learned.view(-1)[verdicts.keys] = verdicts.success
-            audit.count(verdicts, rollout["success"].view(-1)[verdicts.keys])
+            verdict.view(-1)[verdicts.keys] = verdicts.model_reward.cpu()
+            learned.view(-1)[verdicts.keys] = verdicts.success.cpu()
+            audit.count(verdicts, truth[: len(verdicts.keys)])
+            truth = truth[len(verdicts.keys) :]
+        done = (rollout["terminated"] | rollout["truncated"]).cpu()
+        lengths, bonus = (torch.stack([vars(look)[name] for look in looks]) for name in ("lengths", "bonus"))
+        model_reward = pay(cfg.reward, verdict, lengths, bonus, done).to(agent.device)
         reward = combine_reward(
             rollout["env_reward"], model_reward, cfg.reward.env_reward_weight, cfg.reward.reward_weight
         )
-        done = rollout["terminated"] | rollout["truncated"]
-        for row in zip(rollout["success"].cpu(), done.cpu(), learned, strict=True):
+        for row in zip(rollout["success"].cpu(), done, learned, verdict, strict=True):
             stats.add(*row)
+        done = done.to(agent.device)
         final_value = torch.zeros_like(reward)
         if done.any():
             final_value[done] = agent.value(rollout["next_obs"][done])
@@ -275,7 +288,7 @@ def check_inputs(cfg: Config) -> None:
     if cfg.algorithm.name == "sac":
         inputs["algorithm.prior_data"] = cfg.algorithm.prior_data
     if cfg.reward.use_reward_model:
-        inputs["reward.model.model_path"] = cfg.reward.model.model_path
+        inputs |= cfg.reward.model_files
     for key, path in inputs.items():
         if path is not None and not Path(path).exists():
             raise UserError(f"{key}: {path} does not exist; run the step that makes it, or name another")
@@ -296,11 +309,13 @@ def main() -> None:
         def open_envs(section: EnvConfig, views: tuple[str, ...]):
             envs = pool.make(section, VIEWS if section.data_collection.enabled else views)
             if client is not None:
-                client.check_render(envs.spec.render)
+                client.check_envs(envs.spec)
             return record(envs, section.data_collection, folder, stack)
 
         eval_envs = open_envs(cfg.env.eval, VIEWS)
         parts = (cfg.algorithm, cfg.actor.model, cfg.actor.optim, eval_envs.spec)
+        if client is not None:
+            client.set_task(eval_envs.spec.task_description)
         # Once more: how many random numbers went by until here depends on which parts live in this process.
         seed_everything(cfg.runner.seed)
         agent = build_agent(*parts, pick_device(cfg.runner.device))
@@ -310,7 +325,7 @@ def main() -> None:
         if cfg.runner.only_eval:
             run.resume(Path(cfg.runner.resume_dir))
         else:
-            views = client.views if client is not None else ()
+            views = client.camera_views if client is not None else ()
             learn(cfg, run, agent, client, lambda: open_envs(cfg.env.train, views))
         trained = time.perf_counter()
         summary = run.measure()

@@ -97,9 +97,10 @@ def _rollout(connection: Connection, cfg: RolloutConfig, weights: SharedWeights)
     client = make_reward_client(cfg.reward) if cfg.reward.use_reward_model else None
     pool = EnvPool(cfg.env.num_workers, cfg.env.num_envs)
     try:
-        envs = pool.make(cfg.env, client.views if client is not None else ())
+        envs = pool.make(cfg.env, client.camera_views if client is not None else ())
         if client is not None:
-            client.check_render(envs.spec.render)
+            client.check_envs(envs.spec)
+            client.set_task(envs.spec.task_description)
         agent = build_agent(cfg.algorithm, cfg.model, cfg.optim, envs.spec, envs.device)
         rollout = Rollout(envs, client, cfg.reward, cfg.algorithm.bootstrap_type)
         rollout.reset(cfg.seed)

@@ -12,22 +12,28 @@ import torch
 from torch import Tensor
 
 from common.envs import Render
+from common.judging import distance_of, look_back, make_audit, make_watch
 from common.reward_client import RewardClient
+from common.trend import POSITIVE
 from common.video import Trace
 
 
 @dataclass
 class Evaluation:
-    """Per episode, all (E,). Where no reward model was asked, `learned` and `score` are nan."""
+    """Per episode, all (E,). Where no reward model was asked, what it would have said is nan: `learned` and
+    `score` of frames, `model_return` of windows."""
 
     once: np.ndarray  # bool: true success at some step
     at_end: np.ndarray  # bool: true success at the last step
     learned: np.ndarray  # float 0/1: the reward model's verdict, of the last frame or of any frame
     score: np.ndarray  # float: the success_prob behind it, of the last frame or the highest
     env_return: np.ndarray  # float: sum of env_reward
+    model_return: np.ndarray  # float: sum of what the reward model paid for windows, bonus left out
+    progress: np.ndarray  # float: metres closer to success, last step against first; nan without a rule
     false_positives: int  # frames judged a success that were none
     num_steps: int
     last_frame_only: bool  # reward_mode terminal
+    windows: dict[str, float]  # of windows: how their labels compare with the true ones
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -46,12 +52,18 @@ class Evaluation:
             out["eval/score"] = float(self.score.mean())
             out["eval/hack_gap"] = 100 * (learned - float(truth.mean()))
             out["eval/false_positives_per_1000_steps"] = 1000 * self.false_positives / self.num_steps
-        return out
+        if not np.isnan(self.model_return).any():
+            out["eval/model_return"] = float(self.model_return.mean())
+            if self.model_return.std() > 0 and self.progress.std() > 0:  # false for nan
+                out["eval/progress_corr"] = float(np.corrcoef(self.model_return, self.progress)[0, 1])
+        return out | self.windows
 
     @property
     def merit(self) -> tuple[float, float]:
-        """What a checkpoint is chosen by: learned success, then the mean score; never the truth. Without a
-        reward model: the return of the env reward that was learned from."""
+        """What a checkpoint is chosen by: learned success, then the mean score; of windows, what they paid;
+        never the truth. Without a reward model: the return of the env reward that was learned from."""
+        if not np.isnan(self.model_return).any():
+            return float(self.model_return.mean()), 0.0
         if np.isnan(self.learned).any():
             return float(self.env_return.mean()), 0.0
         return float(self.learned.mean()), float(self.score.mean())
@@ -66,48 +78,87 @@ def evaluate(envs, agent, client: RewardClient | None, num_episodes: int, seed: 
     if client is not None:
         client.check_idle()
     quota = math.ceil(num_episodes / envs.num_envs)
-    render = client.cfg.render if client is not None else Render.NONE
+    watch = make_watch(client.cfg, client, envs.num_envs) if client is not None else None
     obs = envs.reset(seed)
-    rows: dict[str, list[Tensor]] = {"success": [], "done": [], "env_reward": []}
+    rows: dict[str, list[Tensor]] = {"success": [], "done": [], "env_reward": [], "distance": []}
+    truth = []
     ended = torch.zeros(envs.num_envs, dtype=torch.long)
     while int(ended.min()) < quota:
+        render = watch.render() if watch is not None else Render.NONE
         step = envs.step(agent.act(obs, deterministic=True).clamp(-1, 1).to(envs.device), render)
         obs = step.obs
-        if client is not None:
-            client.submit(step.frames, len(rows["done"]) * envs.num_envs + step.frame_ids.cpu())
-        for name in rows:
+        distance = distance_of(envs.spec, step.next_obs)
+        if watch is not None:
+            look = watch.look(step.frames, step.frame_ids, step.success, step.done, distance)
+            client.submit(look.data, len(rows["done"]) * watch.num_slots + look.slots)
+            truth.append(look.truth)
+        for name in ("success", "done", "env_reward"):
             rows[name].append(getattr(step, name).cpu())
+        rows["distance"].append(
+            torch.full((envs.num_envs,), torch.nan) if distance is None else distance.cpu()
+        )
         ended += rows["done"][-1]
     table = {name: torch.stack(values) for name, values in rows.items()}  # (T, N)
-    prob = torch.full(table["done"].shape, torch.nan)
-    verdict = torch.zeros(table["done"].shape, dtype=torch.bool)
-    for verdicts in client.receive(wait=True) if client is not None else []:
-        prob.view(-1)[verdicts.keys] = verdicts.success_prob
-        verdict.view(-1)[verdicts.keys] = verdicts.success
-    return _by_episode(table, prob, verdict, quota, client)
+    if client is None:
+        return _by_episode(table, {}, quota, None, {})
+    shape = len(truth), watch.num_slots
+    said = {
+        "prob": torch.full(shape, torch.nan),
+        "verdict": torch.zeros(shape, dtype=torch.bool),
+        "paid": torch.zeros(shape),
+    }
+    audit, truth = make_audit(client.cfg), torch.cat(truth)
+    for verdicts in client.receive(wait=True):
+        audit.count(verdicts, truth[: len(verdicts.keys)])
+        truth = truth[len(verdicts.keys) :]
+        said["paid"].view(-1)[verdicts.keys] = verdicts.model_reward.cpu()
+        if not client.cfg.of_windows:
+            said["prob"].view(-1)[verdicts.keys] = verdicts.success_prob
+            said["verdict"].view(-1)[verdicts.keys] = verdicts.success
+    return _by_episode(table, said, quota, client, audit.metrics("eval") if client.cfg.of_windows else {})
 
 
 def _by_episode(
-    table: dict[str, Tensor], prob: Tensor, verdict: Tensor, quota: int, client: RewardClient | None
+    table: dict[str, Tensor], said: dict[str, Tensor], quota: int, client: RewardClient | None, windows: dict
 ) -> Evaluation:
-    last_only = client is not None and client.cfg.reward_mode == "terminal"
-    once, at_end, learned, score, env_return = [], [], [], [], []
+    """table: name -> (T, N) of the envs; said: name -> (T, B * N) of the reward model."""
+    num_envs = table["done"].shape[1]
+    frames, of_windows = (
+        client is not None and not client.cfg.of_windows,
+        bool(client and client.cfg.of_windows),
+    )
+    last_only = frames and client.cfg.reward_mode == "terminal"
+    columns = ("once", "at_end", "learned", "score", "env_return", "model_return", "progress")
+    episodes: dict[str, list[float]] = {name: [] for name in columns}
     false_positives = num_steps = 0
-    for env in range(table["done"].shape[1]):
+    for env in range(num_envs):
         start = 0
         for end in table["done"][:, env].nonzero().squeeze(1)[:quota].tolist():
             span = slice(start, end + 1)
             start = end + 1
-            truth, said = table["success"][span, env], verdict[span, env]
-            once.append(bool(truth.any()))
-            at_end.append(bool(truth[-1]))
-            env_return.append(float(table["env_reward"][span, env].sum()))
-            learned.append(float(said[-1] if last_only else said.any()) if client is not None else math.nan)
-            score.append(float(prob[end, env] if last_only else prob[span, env].max()))
-            false_positives += int((said & ~truth).sum())
+            truth, distance = table["success"][span, env], table["distance"][span, env]
+            row = {"once": bool(truth.any()), "at_end": bool(truth[-1])}
+            row |= {"learned": math.nan, "score": math.nan, "model_return": math.nan}
+            row["env_return"] = float(table["env_reward"][span, env].sum())
+            row["progress"] = float(distance[0] - distance[-1])
+            if frames:
+                verdict, prob = said["verdict"][span, env], said["prob"][span, env]
+                row["learned"] = float(verdict[-1] if last_only else verdict.any())
+                row["score"] = float(prob[-1] if last_only else prob.max())
+                false_positives += int((verdict & ~truth).sum())
+            if of_windows:
+                row["model_return"] = float(said["paid"][span].view(len(truth), -1, num_envs)[..., env].sum())
             num_steps += len(truth)
-    arrays = [np.array(values) for values in (once, at_end, learned, score, env_return)]
-    return Evaluation(*arrays, false_positives, num_steps, last_only)
+            for name, value in row.items():
+                episodes[name].append(value)
+    arrays = {name: np.array(values) for name, values in episodes.items()}
+    return Evaluation(
+        **arrays,
+        false_positives=false_positives,
+        num_steps=num_steps,
+        last_frame_only=last_only,
+        windows=windows,
+    )
 
 
 @torch.no_grad()
@@ -118,24 +169,43 @@ def record_traces(envs, agent, client: RewardClient | None, num_episodes: int, s
     frames = [envs.render(torch.arange(num_shown, device=envs.device))]
     render = torch.full((envs.num_envs,), int(Render.NONE), dtype=torch.uint8)
     render[:num_shown] = int(Render.ALWAYS)
-    truth, done = [torch.zeros(envs.num_envs, dtype=torch.bool)], []
+    truth, done, distance = [torch.zeros(envs.num_envs, dtype=torch.bool)], [], []
     while not done or not torch.stack(done)[:, :num_shown].any(0).all():
         step = envs.step(agent.act(obs, deterministic=True).clamp(-1, 1).to(envs.device), render)
         obs = step.obs
         frames.append(step.frames)
         truth.append(step.success.cpu())
         done.append(step.done.cpu())
+        distance.append(distance_of(envs.spec, step.next_obs))
     ends = torch.stack(done).int().argmax(0) + 2  # frames in the first episode of each env
     traces = []
     for env in range(num_shown):
         mine = {view: torch.stack([f[view][env] for f in frames[: ends[env]]]) for view in frames[0]}
-        prob = np.full(len(mine["main_images"]), np.nan, np.float32)
-        if client is not None:
+        succeeded = torch.stack(truth)[: ends[env], env]
+        prob = np.full(len(succeeded), np.nan, np.float32)
+        if client is not None and client.cfg.of_windows:
+            metres = None if distance[0] is None else torch.stack(distance)[: ends[env] - 1, env].cpu()
+            prob[1:] = _positive_prob(client, mine, succeeded, metres)
+        elif client is not None:
             prob = client.score({view: mine[view] for view in client.views}).success_prob.numpy()
-        succeeded = torch.stack(truth)[: ends[env], env].numpy()
-        traces.append(Trace(mine["main_images"].cpu().numpy(), prob, succeeded, ""))
+        traces.append(Trace(mine["main_images"].cpu().numpy(), prob, succeeded.numpy(), ""))
     if num_shown < num_episodes:
         traces += record_traces(envs, agent, client, num_episodes - num_shown, seed + 1)
     for number, trace in enumerate(traces):
         trace.title = f"episode {number}"
     return traces
+
+
+def _positive_prob(
+    client: RewardClient, frames: dict, success: Tensor, distance: Tensor | None
+) -> np.ndarray:
+    """(T,) float32 probability that the window ending at each step is positive, nan where none was judged."""
+    watch = make_watch(client.cfg, client, 1)
+    after_reset = {view: frames[view][1:].cpu() for view in client.camera_views}
+    for t, look in enumerate(look_back(watch, after_reset, success[1:], distance)):
+        client.submit(look.data, t * watch.num_slots + look.slots)
+    prob = np.full((len(success) - 1, watch.num_slots), np.nan, np.float32)
+    for verdicts in client.receive(wait=True):
+        mass = verdicts.label_prob.sum(1).clamp(min=1e-12)
+        prob.reshape(-1)[verdicts.keys] = (verdicts.label_prob[:, POSITIVE] / mass).numpy()
+    return prob[:, 0]  # of the first buffer

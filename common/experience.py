@@ -4,7 +4,9 @@
 rules (`common.rewards`), so a transition looks the same whichever way it came.
 """
 
+from collections import deque
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -12,71 +14,92 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common.buffers import ReplayBuffer, mix_batches
-from common.envs import EnvSpec, Step
+from common.envs import EnvSpec, Render
 from common.episodes import Episode, list_episodes, read_episode, read_frames
+from common.judging import Look, distance_of, look_back, make_audit, make_watch, pay
 from common.reward_client import RewardClient, RewardConfig
-from common.rewards import Audit, BootstrapType, combine_reward, no_bootstrap
+from common.rewards import Audit, BootstrapType, TrendAudit, combine_reward, no_bootstrap
 from common.runtime import UserError
 from common.sac import SACConfig
 
 Transitions = dict[str, Tensor]  # obs, next_obs (M, D), action (M, A), reward (M,), terminal (M,) bool
 
 
+@dataclass
+class _Taken:
+    """One step of all envs, on its way to the learner."""
+
+    transitions: Transitions  # without the reward
+    env_reward: Tensor  # (N,)
+    success: Tensor  # (N,) bool
+    done: Tensor  # (N,) bool
+    look: Look | None  # None: nobody judges
+    verdict: Tensor  # (B * N,) float32, what the reward model paid for each slot
+    learned: Tensor  # (B * N,) bool: called a success
+
+
 class Rollout:
-    """Steps the envs, sends frames to the reward model, and hands out each transition once it is paid.
+    """Steps the envs, shows the reward model what it wants to see, and hands out each step once it is paid.
 
         rollout.start(action)            # the envs move ...
         agent.update(...)                # ... while the learner works
         for transitions in rollout.finish(): buffer.add(**transitions)
 
-    What step t sends to the model is waited for in step t + 1's `finish`, after the envs have moved on: the
-    model works while they do, and the order of transitions does not depend on how fast it was.
+    The model is asked every `verdict_every` steps, about the steps since, and its answers are waited for when
+    it is asked next: it works while the envs move on, and the order of transitions does not depend on how
+    fast it was. A step that later windows may still pay for (`history_reward_assign`) waits for them.
     """
 
     def __init__(self, envs, client: RewardClient | None, cfg: RewardConfig, bootstrap_type: BootstrapType):
         self.envs, self.client, self.cfg, self.bootstrap_type = envs, client, cfg, bootstrap_type
         self.num_envs = envs.num_envs
-        self.render = cfg.render
-        self.audit = Audit()
-        self._waiting: Transitions | None = None  # of the last step, not judged yet
+        self.watch = make_watch(cfg, client, self.num_envs)
+        self.audit = make_audit(cfg)
         self.stats = EpisodeStats(self.num_envs, cfg)
+        self._fresh: list[_Taken] = []  # since the model was last asked
+        self._asked: list[_Taken] = []  # what it was asked then
+        self._judged: deque[_Taken] = deque()  # judged, not handed out
+        buffers = cfg.model.history_buffers.values() if cfg.history_reward_assign else ()
+        self._lag = max((buffer.history_size - 1 for buffer in buffers), default=0)
 
     def reset(self, seed: int) -> None:
+        self.watch.reset()
         self.obs = self.envs.reset(seed)
 
     def start(self, action: Tensor) -> None:
         """action (N, A) in [-1, 1]."""
         self.action = action.to(self.envs.device)
-        self.envs.step_async(self.action, self.render)
+        self.envs.step_async(self.action, self.watch.render())
 
     def finish(self) -> Iterator[Transitions]:
-        """Complete the step; hand out what is paid: the last step's judged transitions, this one's others."""
+        """Complete the step; hand out what is paid."""
         step = self.envs.step_wait()
-        paid = list(self._judged())
         self.audit.step(self.num_envs)
+        success, done = step.success.cpu(), step.done.cpu()
+        look = None
+        if self.client is not None:
+            distance = distance_of(self.envs.spec, step.next_obs)
+            look = self.watch.look(step.frames, step.frame_ids, success, done, distance)
         transitions = {
             "obs": self.obs,
             "next_obs": step.next_obs,
             "action": self.action,
-            "env_reward": step.env_reward,
-            "model_reward": torch.zeros_like(step.env_reward),
             "terminal": no_bootstrap(step.terminated, step.truncated, self.bootstrap_type),
         }
         self.obs = step.obs
-        unpaid = self._send(step)
-        if unpaid.any():
-            self._waiting = {key: value[unpaid] for key, value in transitions.items()}
-            self._asked = step.frame_ids.cpu(), step.success.cpu(), step.done.cpu()
-        else:
-            self.stats.add(step.success.cpu(), step.done.cpu(), torch.zeros(self.num_envs, dtype=torch.bool))
-        if not unpaid.all():
-            paid.append(self._pay({key: value[~unpaid] for key, value in transitions.items()}))
-        return iter(paid)
+        slots = self.watch.num_slots
+        verdict, learned = torch.zeros(slots), torch.zeros(slots, dtype=torch.bool)
+        self._fresh.append(_Taken(transitions, step.env_reward, success, done, look, verdict, learned))
+        if len(self._fresh) >= self.cfg.verdict_every:
+            self._ask()
+        return iter(list(self._paid()))
 
     def drain(self) -> Iterator[Transitions]:
-        """What is still with the reward model. Call it before anyone else asks the model: verdicts come back
-        in order, to whoever asks first."""
-        return self._judged()
+        """Wait for all that is with the reward model. Call it before anyone else asks the model: verdicts
+        come back in order, to whoever asks first."""
+        self._ask()
+        self._receive()
+        return iter(list(self._paid()))
 
     def metrics(self) -> dict[str, float]:
         """Of the rollout since the last call."""
@@ -84,72 +107,108 @@ class Rollout:
 
     # -- parts ---------------------------------------------------------------------------------------
 
-    def _send(self, step: Step) -> Tensor:
-        """-> (N,) bool: transitions that wait for a verdict."""
-        unpaid = torch.zeros(self.num_envs, dtype=torch.bool, device=step.done.device)
-        if self.client is None or len(step.frame_ids) == 0:
-            return unpaid
-        unpaid[step.frame_ids] = True
-        self.client.submit(step.frames, torch.arange(len(step.frame_ids)))
+    def _ask(self) -> None:
+        """Wait for the answers about the steps before, and ask about the fresh ones."""
+        self._receive()
+        self._asked, self._fresh = self._fresh, []
+        if self.client is None:
+            return self._receive()
+        for number, taken in enumerate(self._asked):
+            keys = number * self.watch.num_slots + taken.look.slots
+            self.client.submit(taken.look.data, keys)
+            taken.look.data = {}
         self.client.flush()
-        return unpaid
+        if not self.client.busy:  # nothing to wait for
+            self._receive()
 
-    def _judged(self) -> Iterator[Transitions]:
-        if self._waiting is None:
-            return
-        transitions, self._waiting = self._waiting, None
-        frame_ids, success, done = self._asked
-        learned = torch.zeros(self.num_envs, dtype=torch.bool)
-        for verdicts in self.client.receive(wait=True):
-            envs = frame_ids[verdicts.keys]
-            self.audit.count(verdicts, success[envs])
-            learned[envs] = verdicts.success
-            transitions["model_reward"][verdicts.keys] = verdicts.model_reward.to(self.obs.device)
-        self.stats.add(success, done, learned)
-        yield self._pay(transitions)
+    def _receive(self) -> None:
+        asked, self._asked = self._asked, []
+        if asked and self.client is not None:
+            verdict = torch.stack([taken.verdict for taken in asked])
+            learned = torch.stack([taken.learned for taken in asked])
+            truth = torch.zeros(verdict.numel(), dtype=asked[0].look.truth.dtype)
+            for number, taken in enumerate(asked):
+                truth[number * self.watch.num_slots + taken.look.slots] = taken.look.truth
+            for verdicts in self.client.receive(wait=True):
+                self.audit.count(verdicts, truth[verdicts.keys])
+                verdict.view(-1)[verdicts.keys] = verdicts.model_reward.cpu()
+                learned.view(-1)[verdicts.keys] = verdicts.success.cpu()
+            for number, taken in enumerate(asked):
+                taken.verdict, taken.learned = verdict[number], learned[number]
+        for taken in asked:
+            self.stats.add(taken.success, taken.done, taken.learned, taken.verdict)
+        self._judged.extend(asked)
 
-    def _pay(self, transitions: Transitions) -> Transitions:
-        reward = combine_reward(
-            transitions.pop("env_reward"),
-            transitions.pop("model_reward"),
-            self.cfg.env_reward_weight,
-            self.cfg.reward_weight,
-        )
-        return {**transitions, "reward": reward}
+    def _paid(self) -> Iterator[Transitions]:
+        """The steps whose reward can no longer change, in order."""
+        while len(self._judged) > self._lag:
+            taken = self._judged[0]
+            reward = combine_reward(
+                taken.env_reward,
+                self._model_reward().to(taken.env_reward.device),
+                self.cfg.env_reward_weight,
+                self.cfg.reward_weight,
+            )
+            self._judged.popleft()
+            yield {**taken.transitions, "reward": reward}
+
+    def _model_reward(self) -> Tensor:
+        """(N,) float32 of the oldest judged step, with what the `_lag` steps after it pay for it."""
+        if self.client is None:
+            return torch.zeros(self.num_envs)
+        rows = [self._judged[i] for i in range(self._lag + 1)]
+        return pay(
+            self.cfg,
+            torch.stack([row.verdict for row in rows]),
+            torch.stack([row.look.lengths for row in rows]),
+            torch.stack([row.look.bonus for row in rows]),
+            torch.stack([row.done for row in rows]),
+        )[0]
 
 
 class EpisodeStats:
     """True and learned success of the training episodes that ended since the last `metrics`.
 
     Learned: the model calls a frame a success, the last one in `terminal` mode, any one otherwise. The gap
-    compares it with the truth of the same frames, as `common.evaluation` does.
+    compares it with the truth of the same frames, as `common.evaluation` does. Of windows, the sum of what
+    they paid.
     """
 
     def __init__(self, num_envs: int, cfg: RewardConfig):
         self.judged, self.last_frame_only = cfg.use_reward_model, cfg.reward_mode == "terminal"
+        self.of_windows = cfg.of_windows
         self.success_once = torch.zeros(num_envs, dtype=torch.bool)
         self.learned_once = torch.zeros(num_envs, dtype=torch.bool)
+        self.model_return = torch.zeros(num_envs)
         self._start()
 
     def _start(self) -> None:
         self.episodes = self.once = self.at_end = self.learned = 0
+        self.model_returns = 0.0
 
-    def add(self, success: Tensor, done: Tensor, learned: Tensor) -> None:
-        """One step of all envs, each (N,) bool on the CPU; learned: the verdict, False without one."""
+    def add(self, success: Tensor, done: Tensor, learned: Tensor, verdict: Tensor) -> None:
+        """One step of all N envs, on the CPU: success, done (N,) bool, learned (B * N,) bool and verdict
+        (B * N,) float32 of the reward model's slots, False and 0 where it was not asked."""
+        n = len(success)
         self.success_once |= success
-        self.learned_once |= learned
+        self.learned_once |= learned.view(-1, n).any(0)
+        self.model_return += verdict.view(-1, n).sum(0)
         self.episodes += int(done.sum())
         self.once += int(self.success_once[done].sum())
         self.at_end += int(success[done].sum())
         self.learned += int(self.learned_once[done].sum())
+        self.model_returns += float(self.model_return[done].sum())
         self.success_once[done] = self.learned_once[done] = False
+        self.model_return[done] = 0.0
 
     def metrics(self) -> dict[str, float]:
         out = {}
         if self.episodes:
             out["rollout/true_success_once"] = self.once / self.episodes
             out["rollout/true_success_at_end"] = self.at_end / self.episodes
-            if self.judged:
+            if self.of_windows:
+                out["rollout/model_return"] = self.model_returns / self.episodes
+            elif self.judged:
                 truth = self.at_end if self.last_frame_only else self.once
                 out["rollout/learned_success"] = self.learned / self.episodes
                 out["rollout/hack_gap"] = 100 * (self.learned - truth) / self.episodes
@@ -164,44 +223,67 @@ def prior_buffer(
     cfg: RewardConfig,
     bootstrap_type: BootstrapType,
     device: torch.device,
-) -> tuple[ReplayBuffer, Audit]:
+) -> tuple[ReplayBuffer, Audit | TrendAudit]:
     """Every episode in `folder`, paid as the rollout pays: by the reward model, and by the recorded env
     reward where `env_reward_weight` is not 0. -> the buffer, and the verdicts against the recorded truth.
 
     RLPD (Ball et al., 2023) mixes such data half and half with fresh experience. UserError naming the episode
     that was not recorded in an env like `spec`, or whose frames the model does not know.
     """
-    parts, audit = [], Audit()
+    watch, audit = make_watch(cfg, client, 1), make_audit(cfg)
+    parts, looks = [], []
+    if client is not None:
+        client.check_idle()
     for path in tqdm(list_episodes(folder), desc="relabel prior data", unit="ep", leave=False):
         episode = read_episode(path, views=())
         _check_prior(episode, spec, client)
-        last = episode.length
-        judged = range(last, last + 1) if cfg.reward_mode == "terminal" else range(1, last + 1)
-        model_reward = torch.zeros(last)
-        if client is not None:
-            frames = {view: np.stack(read_frames(path, view, judged)) for view in client.views}
-            verdicts = client.score({view: torch.from_numpy(images) for view, images in frames.items()})
-            model_reward[judged.start - 1 :] = verdicts.model_reward
-            audit.step(last)
-            audit.count(verdicts, torch.from_numpy(episode.success[judged.start :]))
-        terminated = torch.from_numpy(episode.terminated[1:])
-        truncated = torch.from_numpy(episode.truncated[1:])
         states = torch.from_numpy(episode.states)
-        env_reward = torch.from_numpy(episode.rewards[1:])
+        if client is not None:
+            first = episode.length if cfg.render == Render.IF_DONE else 1  # frame 0 is never judged
+            shown = range(first, episode.length + 1)
+            frames = {view: np.stack(read_frames(path, view, shown)) for view in client.camera_views}
+            for look in look_back(
+                watch,
+                {view: torch.from_numpy(images) for view, images in frames.items()},
+                torch.from_numpy(episode.success[1:]),
+                distance_of(spec, states[1:]),
+            ):
+                client.submit(look.data, len(looks) * watch.num_slots + look.slots)
+                look.data = {}
+                looks.append(look)
+        terminated, truncated = (torch.from_numpy(x[1:]) for x in (episode.terminated, episode.truncated))
         parts.append(
             {
                 "obs": states[:-1],
                 "next_obs": states[1:],
                 "action": torch.from_numpy(episode.actions),
-                "reward": combine_reward(env_reward, model_reward, cfg.env_reward_weight, cfg.reward_weight),
+                "env_reward": torch.from_numpy(episode.rewards[1:]),
+                "done": torch.arange(episode.length) == episode.length - 1,
                 "terminal": no_bootstrap(terminated, truncated, bootstrap_type),
             }
         )
     transitions = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+    env_reward, done = transitions.pop("env_reward"), transitions.pop("done")
+    model_reward = _recorded_reward(client, watch, looks, done, cfg, audit) if looks else env_reward * 0
+    transitions["reward"] = combine_reward(env_reward, model_reward, cfg.env_reward_weight, cfg.reward_weight)
     size, obs_dim = transitions["obs"].shape
     buffer = ReplayBuffer(size, obs_dim, transitions["action"].shape[1], device)
     buffer.add(**transitions)
     return buffer, audit
+
+
+def _recorded_reward(client, watch, looks: list[Look], done: Tensor, cfg, audit) -> Tensor:
+    """model_reward (T,) of recorded steps, whose looks have been submitted in order."""
+    truth = torch.cat([look.truth for look in looks])
+    verdict = torch.zeros(len(looks), watch.num_slots)
+    row = 0
+    for verdicts in client.receive(wait=True):
+        audit.count(verdicts, truth[row : row + len(verdicts.keys)])
+        row += len(verdicts.keys)
+        verdict.view(-1)[verdicts.keys] = verdicts.model_reward.cpu()
+    audit.step(len(looks))
+    lengths, bonus = (torch.stack([getattr(look, name) for look in looks]) for name in ("lengths", "bonus"))
+    return pay(cfg, verdict, lengths, bonus, done[:, None]).squeeze(1)
 
 
 def _check_prior(episode: Episode, spec: EnvSpec, client: RewardClient | None) -> None:
@@ -224,7 +306,7 @@ def _check_prior(episode: Episode, spec: EnvSpec, client: RewardClient | None) -
         )
     if client is not None and episode.render is not None:
         try:
-            client.check_render(episode.render)
+            client.check_envs(replace(spec, render=episode.render))
         except UserError as error:
             raise UserError(f"{where}: {error}") from error
 

@@ -51,19 +51,30 @@ _EVALUATION = {
     "false_positives_per_1000_steps": Tag(
         "frames wrongly called a success, per 1,000 env steps", "fp", ".1f"
     ),
+    "model_return": Tag("mean sum of model_reward over an episode, bonus left out", "model_return", ".2f"),
+    "progress_corr": Tag("correlation of an episode's model_return with its true progress", "corr", ".2f"),
     "num_episodes": Tag("episodes measured"),
+}
+_WINDOWS = {
+    "positive_share": Tag("share of the windows called positive", "positive", ".2f"),
+    "negative_share": Tag("share of the windows called negative"),
+    "agreement": Tag("share of the windows called what the label rule calls them", "agree", ".2f"),
+    "false_positive_share": Tag("share of the windows called positive that are not", "false", ".2f"),
+    "label_mass": Tag("mean probability of the three labels together"),
 }
 _EPISODES = {
     "true_success_once": _EVALUATION["true_success_once"],
     "true_success_at_end": Tag("share of episodes whose last step is a true success"),
     "learned_success": _EVALUATION["learned_success"],
     "hack_gap": _EVALUATION["hack_gap"],
+    "model_return": _EVALUATION["model_return"],
 }
 _VERDICTS = {
+    **_WINDOWS,
     "false_positives_per_1000_steps": Tag(
         "frames wrongly paid as a success, per 1,000 env steps", "fp", ".1f"
     ),
-    "model_reward_mean": Tag("mean model_reward of the frames scored"),
+    "model_reward_mean": Tag("mean model_reward of the frames or windows scored"),
     "precision": Tag("share of the frames called a success that are one"),
     "recall": Tag("share of the successes scored that are called one"),
     "share_of_time": Tag("share of wall time spent waiting for the reward model"),
@@ -84,14 +95,19 @@ _UPDATES = {
     "num_minibatches": Tag("PPO: minibatches of the update; fewer than planned where target_kl stopped it"),
 }
 _VALIDATION = {
-    "loss": Tag("mean binary cross-entropy in nats", "loss", ".4f"),
+    "loss": Tag("mean cross-entropy of the true label in nats", "loss", ".4f"),
     "auprc": Tag("area under the precision-recall curve", "auprc", ".3f"),
     "roc_auc": Tag("probability that a success scores above a failure"),
-    "accuracy": Tag("share of frames right at the threshold"),
+    "accuracy": Tag("share judged right: of frames at the threshold, of windows by the likeliest label"),
     "precision": Tag("share of frames called a success that are one", "precision", ".3f"),
     "recall": Tag("share of successes called one", "recall", ".3f"),
     "fp_per_1000": Tag("false positives per 1,000 failures", "fp", ".1f"),
     "threshold": Tag("success_prob from which a frame is called a success", "threshold", ".3f"),
+    "macro_f1": Tag("mean F1 of the labels that occur among the windows", "macro-F1", ".3f"),
+    "f1_positive": Tag("F1 of the positive windows", "positive", ".3f"),
+    "f1_negative": Tag("F1 of the negative windows", "negative", ".3f"),
+    "f1_unclear": Tag("F1 of the unclear windows", "unclear", ".3f"),
+    "label_mass": Tag("mean probability of the three labels together", "mass", ".3f"),
 }
 _RUN = {
     "env_steps_per_s": Tag("env steps per second since the last line, all envs together", "steps/s", ".0f"),

@@ -71,7 +71,7 @@ class ResNetRewardModel(nn.Module):
     window = 1  # frames per verdict
 
     def __init__(self, section: ResNetRewardConfig):
-        """Fresh (or ImageNet) weights; `section.model_path` is for `load_reward_model`."""
+        """Fresh (or ImageNet) weights; `section.model_path` is for `load_resnet`."""
         super().__init__()
         self.arch = section.arch or "resnet18"
         self.hidden_dim, self.dropout = section.hidden_dim, section.dropout
@@ -322,11 +322,3 @@ def _check_golden(model: ResNetRewardModel, path: Path) -> None:
             f"{path} scores its golden frames {error:.3f} off what was written beside them (at most "
             f"{GOLDEN_TOLERANCE} allowed): the weights or the preprocessing have changed; train it again"
         )
-
-
-REWARD_MODELS: dict[str, Callable[[Any, torch.device | None], Any]] = {"resnet": load_resnet}
-
-
-def load_reward_model(section: ResNetRewardConfig, device: torch.device | None = None) -> ResNetRewardModel:
-    """The reward model that `section.model_type` names, ready to score."""
-    return REWARD_MODELS[section.model_type](section, device)

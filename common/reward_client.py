@@ -4,8 +4,8 @@
     client.flush()                       # send what is still short of a chunk
     for verdicts in client.receive():    # finished ones; wait=True: all that was submitted
 
-Frames are scored in chunks of `infer_micro_batch_size`, inline or in a worker process alike, so both give the
-same numbers. All that is asked of a reward model is one method, `score(frames) -> success_prob`.
+Frames, or windows of them, are scored in chunks of `infer_micro_batch_size`, inline or in a worker process
+alike, so both give the same numbers. What is asked of a reward model: `common.reward_models`.
 """
 
 import time
@@ -17,10 +17,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from common.envs import Render
+from common.envs import EnvSpec, Render
+from common.episodes import VIEWS
 from common.processes import Child
-from common.resnet_reward import ResNetRewardConfig, load_reward_model
-from common.rewards import Verdicts
+from common.prompts import make_parser
+from common.resnet_reward import ResNetRewardConfig
+from common.reward_models import OF_WINDOWS, HistoryOracleConfig, RewardModelConfig, load_reward_model
+from common.rewards import Verdicts, WindowVerdicts
 from common.runtime import UserError
 
 RING_CHUNKS = 16  # chunks of frames that may be on their way to the worker before submit waits
@@ -33,20 +36,45 @@ class RewardConfig:
     reward_threshold: float | Literal["auto"] = "auto"  # auto: the one stored with the model
     reward_weight: float = 1.0
     env_reward_weight: float = 0.0
-    placement: Literal["auto", "inline", "worker"] = "auto"  # auto: worker for per_step on the CPU
-    model: ResNetRewardConfig = field(default_factory=ResNetRewardConfig)
+    history_reward_assign: bool = False  # pay a window's reward to each of its steps, not to the last alone
+    verdict_every: int = 1  # env steps of SAC between two asks of the model: larger batches, later verdicts
+    placement: Literal["auto", "inline", "worker"] = "auto"  # auto: worker on the CPU, except for terminal
+    model: RewardModelConfig = field(default_factory=ResNetRewardConfig)
 
     def __post_init__(self):
         if self.reward_threshold != "auto" and not 0 <= self.reward_threshold <= 1:
             raise ValueError(f"reward_threshold must lie in [0, 1] or be 'auto', got {self.reward_threshold}")
-        if self.use_reward_model and self.model.model_path is None:
+        if self.verdict_every < 1:
+            raise ValueError(f"verdict_every must be at least 1, got {self.verdict_every}")
+        if self.use_reward_model and not self.model_files and not self.is_oracle:
             raise ValueError("use_reward_model is on but model.model_path names no checkpoint")
-        if self.reward_mode == "history_buffer" and self.model.model_type == "resnet":
-            raise ValueError("history_buffer needs a model of windows; a resnet judges single frames")
+        if self.use_reward_model and self.of_windows != isinstance(self.model, OF_WINDOWS):
+            judges = "windows" if isinstance(self.model, OF_WINDOWS) else "single frames"
+            raise ValueError(
+                f"reward_mode {self.reward_mode} does not go with model_type {self.model.model_type}, which "
+                f"judges {judges}; history_buffer is for models of windows, and they for it"
+            )
+        if self.history_reward_assign and not self.of_windows:
+            raise ValueError("history_reward_assign is for reward_mode history_buffer; frames have no past")
+
+    @property
+    def of_windows(self) -> bool:
+        """Whether windows are judged, not frames."""
+        return self.use_reward_model and self.reward_mode == "history_buffer"
+
+    @property
+    def is_oracle(self) -> bool:
+        return isinstance(self.model, HistoryOracleConfig)
+
+    @property
+    def model_files(self) -> dict[str, str]:
+        """Key -> path of what the model is made from."""
+        keys = ("model_path", "lora_path")
+        return {f"reward.model.{key}": vars(self.model)[key] for key in keys if vars(self.model).get(key)}
 
     @property
     def render(self) -> Render:
-        """Which frames the reward needs."""
+        """Which single frames the reward needs."""
         if not self.use_reward_model:
             return Render.NONE
         return Render.IF_DONE if self.reward_mode == "terminal" else Render.ALWAYS
@@ -54,7 +82,8 @@ class RewardConfig:
     @property
     def in_worker(self) -> bool:
         if self.placement == "auto":
-            return self.reward_mode != "terminal" and not torch.cuda.is_available()
+            slow = self.reward_mode != "terminal" and not self.is_oracle
+            return slow and not torch.cuda.is_available()
         return self.placement == "worker"
 
 
@@ -63,17 +92,23 @@ class RewardClient:
 
     def __init__(self, cfg: RewardConfig):
         self.cfg = cfg
+        self.parser = (
+            make_parser(cfg.model.reward_parser_name, cfg.model.reward_parser_params)
+            if cfg.of_windows
+            else None
+        )
         self.chunk_size = cfg.model.infer_micro_batch_size
         self._parts: list[tuple[dict[str, Tensor], Tensor]] = []  # submitted, short of a chunk
         self._num_waiting = 0
-        self._done: deque[Verdicts] = deque()
+        self._done: deque[Verdicts | WindowVerdicts] = deque()
         self.seconds = 0.0  # spent waiting for the model in this process
         self._open()
 
     # -- what the loop calls -------------------------------------------------------------------------
 
     def submit(self, frames: dict[str, Tensor], keys: Tensor) -> None:
-        """frames: view -> (M, H, W, 3) uint8; keys (M,) int64, handed back with the verdicts."""
+        """frames: view -> (M, H, W, 3) uint8, or windows (M, K, ...); keys (M,) int64, handed back with the
+        verdicts."""
         if len(keys) == 0:
             return
         self._parts.append(({view: frames[view] for view in self.views}, keys))
@@ -85,7 +120,7 @@ class RewardClient:
         if self._num_waiting:
             self._send_chunk(self._num_waiting)
 
-    def receive(self, wait: bool = False) -> list[Verdicts]:
+    def receive(self, wait: bool = False) -> list[Verdicts | WindowVerdicts]:
         """Verdicts in the order of submission: those at hand, or all that were submitted."""
         if wait:
             self.flush()
@@ -97,6 +132,11 @@ class RewardClient:
         return out
 
     @property
+    def camera_views(self) -> tuple[str, ...]:
+        """The views that have to be rendered for the model."""
+        return tuple(view for view in self.views if view in VIEWS)
+
+    @property
     def busy(self) -> bool:
         """Whether anything submitted has not been handed out yet."""
         return bool(self._parts or self._done)
@@ -106,21 +146,23 @@ class RewardClient:
         if self.busy:
             raise RuntimeError("the reward model still owes verdicts to the rollout: drain that first")
 
-    def score(self, frames: dict[str, Tensor]) -> Verdicts:
-        """Submit and wait; keys are 0..M-1. For videos and relabelling; nothing else may be in flight."""
+    def score(self, frames: dict[str, Tensor]) -> Verdicts | WindowVerdicts:
+        """Submit and wait; keys are 0..M-1. Nothing else may be in flight."""
         self.check_idle()
         count = len(next(iter(frames.values())))
         self.submit(frames, torch.arange(count))
-        parts = self.receive(wait=True)
-        joined = [torch.cat([getattr(part, name) for part in parts]) for name in ("keys", "success_prob")]
-        return Verdicts.judge(*joined, self.threshold)
+        parts = [vars(part) for part in self.receive(wait=True)]
+        kind = WindowVerdicts if self.cfg.of_windows else Verdicts
+        return kind(**{name: torch.cat([part[name] for part in parts]) for name in parts[0]})
 
-    def check_render(self, render: dict) -> None:
-        """UserError with each difference from the frames the model was trained on."""
-        trained = self.meta.get("render")
-        if trained is None:
-            return
-        ours, theirs = _flatten(render, self.views), _flatten(trained, self.views)
+    def check_envs(self, spec: EnvSpec) -> None:
+        """UserError with each difference from the frames the model was trained on, and from their rate where
+        it judges motion."""
+        trained, ours, theirs = self.meta.get("render"), {}, {}
+        if trained is not None:
+            ours, theirs = _flatten(spec.render, self.views), _flatten(trained, self.views)
+        if self.cfg.of_windows and self.meta.get("control"):
+            ours["freq_hz"], theirs["freq_hz"] = spec.control.get("freq_hz"), self.meta["control"]["freq_hz"]
         different = [
             f"{k}: trained on {theirs.get(k)}, here {ours.get(k)}"
             for k in sorted(ours.keys() | theirs.keys())
@@ -130,8 +172,12 @@ class RewardClient:
             raise UserError(
                 f"the reward model {self.cfg.model.model_path} knows other pictures than these envs make: "
                 + "; ".join(different)
-                + " (mend env.*.cameras, or collect and train again)"
+                + " (mend env.*.cameras or control_freq, or collect and train again)"
             )
+
+    def set_task(self, task: str) -> None:
+        """The task in words, for models that are told it."""
+        set_task(self.model, task)
 
     def close(self) -> None:
         """Nothing to end inline."""
@@ -146,10 +192,13 @@ class RewardClient:
 
     def _open(self) -> None:
         self.model = load_reward_model(self.cfg.model)
-        self._read_meta(self.model.meta, self.model.views)
+        self._read_meta(self.model.meta, self.model.views, self.model.window)
 
-    def _read_meta(self, meta: dict, views: tuple[str, ...]) -> None:
+    def _read_meta(self, meta: dict, views: tuple[str, ...], window: int | None) -> None:
         self.meta, self.views = meta, views
+        if self.cfg.of_windows:
+            self._check_buffers(window)
+            return
         stored = meta.get("threshold")
         if self.cfg.reward_threshold != "auto":
             self.threshold = float(self.cfg.reward_threshold)
@@ -159,6 +208,24 @@ class RewardClient:
             raise UserError(
                 f"{self.cfg.model.model_path} stores no threshold; set reward.reward_threshold to a number"
             )
+
+    def _check_buffers(self, window: int | None) -> None:
+        """UserError where the history buffers do not keep what the model was trained on."""
+        for name, buffer in self.cfg.model.history_buffers.items():
+            where = f"reward.model.history_buffers.{name}"
+            if window is not None and buffer.history_size != window:
+                raise UserError(
+                    f"{where}.history_size is {buffer.history_size}, but the reward model judges windows of "
+                    f"{window} frames; set it to {window}, or train on windows of {buffer.history_size}"
+                )
+            if missing := [view for view in self.views if view not in buffer.history_keys]:
+                raise UserError(f"{where}.history_keys lacks {missing[0]}, which the reward model looks at")
+
+    def _judge(self, keys: Tensor, scores: Tensor) -> Verdicts | WindowVerdicts:
+        """scores: what the model's `score` gave."""
+        if self.cfg.of_windows:
+            return WindowVerdicts.judge(keys, scores, self.parser)
+        return Verdicts.judge(keys, scores, self.threshold)
 
     def _send_chunk(self, count: int) -> None:
         frames = {v: torch.cat([part[0][v] for part in self._parts]) for v in self.views}
@@ -172,7 +239,7 @@ class RewardClient:
         self.seconds += time.perf_counter() - start
 
     def _score_chunk(self, frames: dict[str, Tensor], keys: Tensor) -> None:
-        self._done.append(Verdicts.judge(keys, self.model.score(frames), self.threshold))
+        self._done.append(self._judge(keys, self.model.score(frames)))
 
     def _collect(self, wait: bool) -> None:
         """Everything inline is done already."""
@@ -185,17 +252,17 @@ class RewardWorker(RewardClient):
         self.child = Child("reward worker", _reward_worker, (self.cfg.model,))
         self._read_meta(*self.child.receive())
         self.ring: dict[str, Tensor] | None = None
-        self._sent: deque[tuple[int, Tensor]] = deque()  # (ring chunk, keys) in order
+        self._sent: deque[Tensor] = deque()  # keys of each chunk in the ring, in order
         self._next_chunk = 0
 
     def _score_chunk(self, frames: dict[str, Tensor], keys: Tensor) -> None:
         if self.ring is None:
             shape = (RING_CHUNKS, self.chunk_size)
             self.ring = {
-                v: torch.zeros((*shape, *f.shape[1:]), dtype=torch.uint8).share_memory_()
+                v: torch.zeros((*shape, *f.shape[1:]), dtype=f.dtype).share_memory_()
                 for v, f in frames.items()
             }
-            self.child.send(self.ring)
+            self.child.send(("ring", self.ring))
         while len(self._sent) >= RING_CHUNKS:
             self._take_one()
         for view, frame in frames.items():
@@ -204,14 +271,13 @@ class RewardWorker(RewardClient):
                     f"{view} changed its size: {tuple(self.ring[view].shape[2:])} to {tuple(frame.shape[1:])}"
                 )
             self.ring[view][self._next_chunk, : len(keys)] = frame.cpu()
-        self.child.send((self._next_chunk, len(keys)))
-        self._sent.append((self._next_chunk, keys))
+        self.child.send(("score", (self._next_chunk, len(keys))))
+        self._sent.append(keys)
         self._next_chunk = (self._next_chunk + 1) % RING_CHUNKS
 
     def _take_one(self) -> None:
-        success_prob = self.child.receive()
-        _, keys = self._sent.popleft()
-        self._done.append(Verdicts.judge(keys, success_prob, self.threshold))
+        scores = self.child.receive()
+        self._done.append(self._judge(self._sent.popleft(), scores))
 
     def _collect(self, wait: bool) -> None:
         while self._sent and (wait or self.child.has_message()):
@@ -221,6 +287,9 @@ class RewardWorker(RewardClient):
     def busy(self) -> bool:
         return bool(self._parts or self._sent or self._done)
 
+    def set_task(self, task: str) -> None:
+        self.child.send(("task", task))
+
     def close(self) -> None:
         self.child.close()
 
@@ -229,14 +298,25 @@ def make_reward_client(cfg: RewardConfig) -> RewardClient:
     return RewardWorker(cfg) if cfg.in_worker else RewardClient(cfg)
 
 
+def set_task(model, task: str) -> None:
+    if hasattr(model, "task"):
+        model.task = task
+
+
 def _reward_worker(connection: Connection, model_cfg) -> None:
     model = load_reward_model(model_cfg)
-    connection.send(("ok", (model.meta, model.views)))
-    ring = connection.recv()
+    connection.send(("ok", (model.meta, model.views, model.window)))
+    ring = None
     while True:
-        chunk, count = connection.recv()
-        success_prob = model.score({view: frames[chunk, :count] for view, frames in ring.items()})
-        connection.send(("ok", success_prob))
+        kind, content = connection.recv()
+        if kind == "task":
+            set_task(model, content)
+        elif kind == "ring":
+            ring = content
+        else:
+            chunk, count = content
+            scores = model.score({view: frames[chunk, :count] for view, frames in ring.items()})
+            connection.send(("ok", scores))
 
 
 def _flatten(render: dict, views: tuple[str, ...]) -> dict[str, object]:

@@ -5,7 +5,9 @@
     reward       = env_reward_weight * env_reward + reward_weight * model_reward
 
 `per_step` scores the true next observation of every step, `terminal` only the last one of an episode, and its
-reward lands on that step alone. Semantics follow RLinf's env worker.
+reward lands on that step alone. `history_buffer` scores windows: the model gives a probability to each label,
+a parser says what that is worth (`common.prompts`), and the reward lands on the window's last step or, with
+`history_reward_assign`, on every step of it. Semantics follow RLinf's env worker.
 """
 
 from dataclasses import dataclass
@@ -13,6 +15,9 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+
+from common.prompts import likeliest
+from common.trend import LABELS, NEGATIVE, POSITIVE
 
 BootstrapType = Literal["standard", "always", "none"]
 
@@ -30,6 +35,27 @@ class Verdicts:
     def judge(cls, keys: Tensor, success_prob: Tensor, threshold: float) -> "Verdicts":
         success = success_prob >= threshold
         return cls(keys, success_prob, success, torch.where(success, success_prob, 0.0))
+
+
+@dataclass
+class WindowVerdicts:
+    """What a reward model says of M windows."""
+
+    keys: Tensor  # (M,) int64
+    label_prob: (
+        Tensor  # (M, L) float32 of the labels' first tokens in the whole vocabulary; a row's sum: mass
+    )
+    label: Tensor  # (M,) int64 index into the parser's labels, prompts.INVALID for none of them
+    model_reward: Tensor  # (M,) float32
+
+    @property
+    def success(self) -> Tensor:
+        """(M,) bool, nowhere: a trend is no verdict on success."""
+        return torch.zeros(len(self.keys), dtype=torch.bool)
+
+    @classmethod
+    def judge(cls, keys: Tensor, label_prob: Tensor, parser) -> "WindowVerdicts":
+        return cls(keys, label_prob, likeliest(label_prob), parser.reward(label_prob))
 
 
 def combine_reward(
@@ -114,5 +140,49 @@ class Audit:
             out[f"{group}/precision"] = self.true_positives / (self.true_positives + self.false_positives)
         if self.positives:
             out[f"{group}/recall"] = self.true_positives / self.positives
+        self._start()
+        return out
+
+
+class TrendAudit:
+    """Counts how the trend labels of windows compare with the true ones, since the last `metrics` call."""
+
+    def __init__(self):
+        self._start()
+
+    def _start(self) -> None:
+        self.said = torch.zeros(len(LABELS) + 1, dtype=torch.long)  # the last: invalid
+        self.confusion = torch.zeros(len(LABELS), len(LABELS) + 1, dtype=torch.long)  # true, said
+        self.scored, self.reward_sum, self.mass_sum = 0, 0.0, 0.0
+
+    def step(self, num_env_steps: int) -> None:
+        """Rates here are of windows, whatever the number of env steps."""
+
+    def count(self, verdicts: WindowVerdicts, truth: Tensor) -> None:
+        """truth (M,) int64 index into LABELS, -1 where it is not known."""
+        self.scored += len(truth)
+        self.reward_sum += float(verdicts.model_reward.sum())
+        self.mass_sum += float(verdicts.label_prob.sum())
+        said = verdicts.label.cpu() % (len(LABELS) + 1)  # -1, invalid: the last column
+        self.said += said.bincount(minlength=len(self.said))
+        known = truth >= 0
+        cells = truth[known] * self.confusion.shape[1] + said[known]
+        self.confusion += cells.bincount(minlength=self.confusion.numel()).view_as(self.confusion)
+
+    def metrics(self, group: str = "reward") -> dict[str, float]:
+        """Shares of the windows since the last call; those against the truth only where it was known."""
+        if not self.scored:
+            return {}
+        out = {
+            f"{group}/positive_share": int(self.said[POSITIVE]) / self.scored,
+            f"{group}/negative_share": int(self.said[NEGATIVE]) / self.scored,
+            f"{group}/label_mass": self.mass_sum / self.scored,
+            f"{group}/model_reward_mean": self.reward_sum / self.scored,
+        }
+        if known := int(self.confusion.sum()):
+            out[f"{group}/agreement"] = int(self.confusion.diagonal().sum()) / known
+            if called := int(self.confusion[:, POSITIVE].sum()):
+                false = called - int(self.confusion[POSITIVE, POSITIVE])
+                out[f"{group}/false_positive_share"] = false / called
         self._start()
         return out

@@ -66,13 +66,13 @@ def test_terminal_pays_the_last_step_and_hands_it_out_one_step_late():
     envs = CountingEnvs([[2], [3]], pixel=last_pixels)
     rollout = rollout_of(envs)
     assert told(step_once(rollout)) == [((0, 0, 0), (0, 0, 1), 0.0), ((1, 0, 0), (1, 0, 1), 0.0)]
-    # env 0 ends: only env 1's transition is ready
-    assert told(step_once(rollout)) == [((1, 0, 1), (1, 0, 2), 0.0)]
-    # env 0's arrives now, first, with the state before the auto-reset; env 1 ends
-    assert told(step_once(rollout)) == [((0, 0, 1), (0, 0, 2), 0.6), ((0, 1, 0), (0, 1, 1), 0.0)]
+    # env 0 ends: the whole step waits for its verdict
+    assert told(step_once(rollout)) == []
+    # it arrives now, with the state before the auto-reset; env 1 ends
+    assert told(step_once(rollout)) == [((0, 0, 1), (0, 0, 2), 0.6), ((1, 0, 1), (1, 0, 2), 0.0)]
     # env 1's last score is below the threshold; env 0 ends again
-    assert told(step_once(rollout)) == [((1, 0, 2), (1, 0, 3), 0.0), ((1, 1, 0), (1, 1, 1), 0.0)]
-    assert told(rollout.drain()) == [((0, 1, 1), (0, 1, 2), 0.7)]
+    assert told(step_once(rollout)) == [((0, 1, 0), (0, 1, 1), 0.0), ((1, 0, 2), (1, 0, 3), 0.0)]
+    assert told(rollout.drain()) == [((0, 1, 1), (0, 1, 2), 0.7), ((1, 1, 0), (1, 1, 1), 0.0)]
     assert told(rollout.drain()) == []
     assert envs.rendered == 3  # the last frames and nothing else
 
@@ -148,11 +148,12 @@ def test_learned_success_of_training_episodes(mode, learned, gap):
     """True and called at t = 1; at the end still true, no longer called. The gap compares like with like."""
     stats = EpisodeStats(1, reward_config(reward_mode=mode))
     true, false = tensor([True]), tensor([False])
-    stats.add(true, false, tensor([mode == "per_step"]))
-    stats.add(true, true, false)
+    paid = tensor([0.0])
+    stats.add(true, false, tensor([mode == "per_step"]), paid)
+    stats.add(true, true, false, paid)
     metrics = stats.metrics()
     assert (metrics["rollout/learned_success"], metrics["rollout/hack_gap"]) == (learned, gap)
-    stats.add(false, true, false)  # the next episode starts from nothing
+    stats.add(false, true, false, paid)  # the next episode starts from nothing
     assert stats.metrics()["rollout/true_success_once"] == 0
     assert stats.metrics() == {}
 

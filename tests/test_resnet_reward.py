@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from common import resnet_reward
-from common.resnet_reward import ResNetRewardConfig, ResNetRewardModel, load_reward_model
+from common.resnet_reward import ResNetRewardConfig, ResNetRewardModel, load_resnet
 from common.runtime import UserError
 
 SMALL = {"arch": "resnet10", "hidden_dim": 16, "image_size": [3, 32, 32]}
@@ -56,7 +56,7 @@ def checkpoint(tmp_path):
 
 
 def load(path, **section) -> ResNetRewardModel:
-    return load_reward_model(ResNetRewardConfig(model_path=str(path), **section))
+    return load_resnet(ResNetRewardConfig(model_path=str(path), **section))
 
 
 # --- The network
@@ -253,7 +253,7 @@ def test_a_config_that_contradicts_the_checkpoint_is_refused(checkpoint, section
 
 def test_missing_and_foreign_files(checkpoint, tmp_path):
     with pytest.raises(UserError, match="model_path is not set"):
-        load_reward_model(ResNetRewardConfig())
+        load_resnet(ResNetRewardConfig())
     with pytest.raises(UserError, match="no such file"):
         load(tmp_path / "nowhere.pt")
     with pytest.raises(UserError, match="not a readable safetensors file"):

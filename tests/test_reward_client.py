@@ -3,14 +3,15 @@
 import os
 import signal
 import time
+from dataclasses import replace
 
 import pytest
 import torch
-from doubles import CRASHES, RENDER, SLEEPS, FakeModel, reward_config, use_fake_model
+from doubles import CRASHES, RENDER, SLEEPS, CountingEnvs, FakeModel, reward_config, use_fake_model
 from torch import Tensor
 
 from common import reward_client
-from common.envs import Render
+from common.envs import EnvSpec, Render
 from common.processes import WorkerError
 from common.resnet_reward import ResNetRewardConfig
 from common.reward_client import RING_CHUNKS, RewardClient, RewardConfig, RewardWorker, make_reward_client
@@ -178,12 +179,16 @@ def test_threshold_is_the_stored_one_unless_given(monkeypatch):
         client_with_meta(monkeypatch, {})
 
 
+def shown(render: dict) -> EnvSpec:
+    return replace(CountingEnvs([[1]]).spec, render=render)
+
+
 def test_other_pictures_are_refused_by_name(monkeypatch):
     client = client_with_meta(monkeypatch, {"threshold": 0.5, "render": RENDER})
-    client.check_render(RENDER)
+    client.check_envs(shown(RENDER))
     other = {"task": "Other", "views": {**RENDER["views"], "main_images": {"fov": 1.5, "width": 64}}}
     with pytest.raises(UserError) as error:
-        client.check_render(other)
+        client.check_envs(shown(other))
     for difference in (
         "task: trained on Count, here Other",
         "main_images.fov: trained on 1.0, here 1.5",
@@ -195,11 +200,11 @@ def test_other_pictures_are_refused_by_name(monkeypatch):
 
 def test_a_view_that_the_model_ignores_may_differ(monkeypatch):
     client = client_with_meta(monkeypatch, {"threshold": 0.5, "render": RENDER})
-    client.check_render({"task": "Count", "views": {"main_images": {"fov": 1.0}}})
+    client.check_envs(shown({"task": "Count", "views": {"main_images": {"fov": 1.0}}}))
 
 
 def test_weights_without_a_record_of_cameras_are_taken_at_their_word(monkeypatch):
-    client_with_meta(monkeypatch, {"threshold": 0.5}).check_render({"task": "Other", "views": {}})
+    client_with_meta(monkeypatch, {"threshold": 0.5}).check_envs(shown({"task": "Other", "views": {}}))
 
 
 @pytest.mark.parametrize(
@@ -207,7 +212,7 @@ def test_weights_without_a_record_of_cameras_are_taken_at_their_word(monkeypatch
     [
         ({"reward_threshold": 1.5}, r"must lie in \[0, 1\]"),
         ({"model": ResNetRewardConfig()}, "names no checkpoint"),
-        ({"reward_mode": "history_buffer"}, "a resnet judges single frames"),
+        ({"reward_mode": "history_buffer"}, "resnet, which judges single frames"),
     ],
 )
 def test_settings_check_themselves(changes, message):

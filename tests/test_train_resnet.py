@@ -16,7 +16,7 @@ from common import config
 from common.frames import AugmentConfig, BatchIndices, augment, load_frames, random_shift
 from common.payload import RewardDatasetPayload
 from common.ranks import Ranks
-from common.resnet_reward import ResNetRewardConfig, ResNetRewardModel, load_reward_model
+from common.resnet_reward import ResNetRewardConfig, ResNetRewardModel, load_resnet
 from common.runtime import UserError
 from common.training import AdamWConfig, EarlyStop, EarlyStopConfig, build_adamw
 
@@ -79,7 +79,7 @@ def test_two_colours_are_learned_to_the_last_frame(data):
     folder, val_path = data
     run = train(folder, "runner.max_steps=40", "runner.val_check_interval=20")
 
-    model = load_reward_model(ResNetRewardConfig(model_path=str(run / "checkpoint")))
+    model = load_resnet(ResNetRewardConfig(model_path=str(run / "checkpoint")))
     val = load_frames(str(val_path))
     success_prob = model.score({"main_images": val.batch(np.arange(len(val)))}).numpy()
     assert ((success_prob >= model.threshold) == val.labels).all()
@@ -165,7 +165,7 @@ def test_ctrl_c_leaves_the_best_checkpoint_and_says_so(data, monkeypatch, capsys
     with pytest.raises(KeyboardInterrupt):
         train(folder)
     assert "stopped by Ctrl-C; best checkpoint: step 10, validation AUPRC" in capsys.readouterr().out
-    assert load_reward_model(ResNetRewardConfig(model_path=str(folder / "run/checkpoint"))).meta["step"] == 10
+    assert load_resnet(ResNetRewardConfig(model_path=str(folder / "run/checkpoint"))).meta["step"] == 10
     assert not (folder / "run/summary.json").exists()  # so the folder may be used again
 
 

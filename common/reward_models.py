@@ -1,0 +1,69 @@
+"""Every kind of reward model behind one door.
+
+All that is asked of a model: `score(data)`, `views` (the keys of data it looks at), `window` (frames per
+verdict) and `meta` (what its checkpoint says of itself). A model of frames (`resnet`, `vlm`) takes
+(B, H, W, 3) uint8 and returns success_prob (B,); a model of windows (`history_vlm`, `history_oracle`) takes
+(B, K, ...) and returns label_prob (B, L). A model that is told the task has an attribute `task`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from common.history import HistoryBufferConfig
+from common.resnet_reward import ResNetRewardConfig, load_resnet
+from common.trend import LABELS, trend_labels
+
+
+@dataclass
+class HistoryOracleConfig:
+    """The label rule itself pays: a perfect trend model, for tasks whose geometry is known."""
+
+    model_type: Literal["history_oracle"] = "history_oracle"
+    delta_threshold: float = 0.05  # m of success_distance, within which a window is unclear
+    reward_parser_name: str = "qwentrend_reward_parser"
+    reward_parser_params: dict[str, Any] = field(default_factory=dict)
+    history_buffers: dict[str, HistoryBufferConfig] = field(
+        default_factory=lambda: {"history_window": HistoryBufferConfig(history_keys=["success_distance"])}
+    )
+    interval_reward: float = 0.0
+    gt_success_bonus: float = 0.0
+    infer_micro_batch_size: int = 1024
+    device: str = "auto"
+
+
+class HistoryOracle:
+    """Says what `common.trend` would label a window: what a learned trend model can reach at best."""
+
+    views = ("success_distance",)
+    labels = LABELS
+    window = None  # any length
+
+    def __init__(self, cfg: HistoryOracleConfig):
+        self.delta_threshold = cfg.delta_threshold
+        self.meta = {"score_source": "success_distance", "delta_threshold": cfg.delta_threshold}
+
+    def score(self, data: dict[str, Tensor]) -> Tensor:
+        """success_distance (B, K) in m -> one-hot label_prob (B, 3) float32."""
+        distance = data["success_distance"].cpu()
+        label = torch.from_numpy(
+            trend_labels((distance[:, 0] - distance[:, -1]).numpy(), self.delta_threshold)
+        )
+        return torch.nn.functional.one_hot(label, len(LABELS)).float()
+
+
+RewardModelConfig = ResNetRewardConfig | HistoryOracleConfig
+OF_WINDOWS = (HistoryOracleConfig,)
+
+REWARD_MODELS: dict[str, Callable[[Any, torch.device | None], Any]] = {
+    "resnet": load_resnet,
+    "history_oracle": lambda cfg, _: HistoryOracle(cfg),
+}
+
+
+def load_reward_model(section: RewardModelConfig, device: torch.device | None = None) -> Any:
+    """The reward model that `section.model_type` names, ready to score."""
+    return REWARD_MODELS[section.model_type](section, device)
