@@ -59,7 +59,7 @@ FALSE_POSITIVE_CURVES = [
 
 def plot_learning_curves(metrics_jsonl: Path, path: Path) -> None:
     """Draw a run's `metrics.jsonl`: how well it does, and how far its learned reward can be trusted."""
-    _save(learning_figure(read_metrics(metrics_jsonl)), path)
+    save_figure(learning_figure(read_metrics(metrics_jsonl)), path)
 
 
 def read_metrics(metrics_jsonl: Path) -> list[dict]:
@@ -163,7 +163,7 @@ MAX_EPISODES, NUM_COLUMNS = 8, 4  # panels; the histogram counts all episodes
 
 def plot_scores(traces: list[Trace], threshold: float, path: Path) -> None:
     """Draw the scores of the first 8 episodes beside the truth, and a histogram of all scores."""
-    _save(score_figure(traces, threshold), path)
+    save_figure(score_figure(traces, threshold), path)
 
 
 def score_figure(traces: list[Trace], threshold: float) -> "Figure":
@@ -251,7 +251,8 @@ def _draw_histogram(axes: "Axes", traces: list[Trace], threshold: float) -> None
     axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, borderaxespad=0)
 
 
-def _save(figure: "Figure", path: Path) -> None:
+def save_figure(figure: "Figure", path: Path) -> None:
+    """Write the picture in the format of its suffix, whole or not at all."""
     import matplotlib
 
     with matplotlib.rc_context(STYLE), atomic_write(path) as temporary:

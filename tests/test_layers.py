@@ -38,6 +38,7 @@ LEVELS = [
         "resnet_reward",
         "qwen_inputs",
         "qwen_reward",
+        "qwen_sft",
         "vlm_api",
         "fast_control",
     ],
