@@ -143,6 +143,10 @@ class Config:
     def __post_init__(self):
         if not sum(policy.weight for policy in self.policies) > 0:
             raise ValueError("policies: name at least one with a weight above 0")
+        if self.env.eval.data_collection.gae_gamma is not None:
+            raise ValueError(
+                "data_collection.gae_gamma scores by a critic: rl_train.py has one, this does not"
+            )
         if self.runner.num_failures is not None and self.env.eval.data_collection.only_success:
             raise ValueError("runner.num_failures is never reached where only_success keeps no failures")
 

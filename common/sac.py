@@ -148,6 +148,12 @@ class SAC:
             return self.eval_actor.mean(obs)
         return self.policy.sample(obs, self.draw(len(obs), self.action_dim))[0]
 
+    @torch.no_grad()
+    def value(self, obs: Tensor) -> Tensor:
+        """obs (N, D) -> (N,): what the critics expect, the lowest of them, of the policy's mean action."""
+        obs = self.norm(obs.to(self.device))
+        return self.critic(obs, self.policy.mean(obs)).amin(0)
+
     def draw(self, rows: int, columns: int) -> Tensor:
         """Standard normal noise (rows, columns) from the agent's generator."""
         return torch.randn(

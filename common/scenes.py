@@ -70,6 +70,20 @@ class DataCollectionConfig:
     save_dir: str | None = None  # null: collected_data in the run folder
     export_format: Literal["pickle"] = "pickle"
     only_success: bool = False  # keep only episodes that succeeded and terminated
+    # rl_train.py: write the critic's score of each frame into the episodes, as `gae` (see common/trend.py).
+    gae_gamma: float | None = None  # discount, that of the algorithm; null: no score
+    gae_lambda: float | None = (
+        None  # 0: what the critic expects; 1: what the env paid until the episode's end
+    )
+
+    def __post_init__(self):
+        if (self.gae_gamma is None) != (self.gae_lambda is None):
+            raise ValueError("data_collection.gae_gamma and gae_lambda go together: give both or neither")
+        if self.gae_gamma is not None and not (0 <= self.gae_gamma < 1 and 0 <= self.gae_lambda <= 1):
+            raise ValueError(
+                "data_collection.gae_gamma must lie in [0, 1) and gae_lambda in [0, 1], got "
+                f"{self.gae_gamma} and {self.gae_lambda}"
+            )
 
 
 @dataclass

@@ -1,10 +1,14 @@
 """Wrappers around batched envs; each is driven like the envs it wraps."""
 
+from collections.abc import Callable
+
+import numpy as np
 import torch
 
 from common.envs import EnvSpec, Render, Step
 from common.episodes import EpisodeWriter
 from common.geometry import success_distance
+from common.ppo import gae
 from common.scenes import DataCollectionConfig
 
 
@@ -12,13 +16,15 @@ class EpisodeRecorder:
     """Hands every finished episode to an `EpisodeWriter`, in RLinf's format (see `common.episodes`).
 
     Records the frames of all views at every step and passes on those alone that its caller asked for. An
-    episode cut short by `reset` is dropped: it has no last frame and no outcome.
+    episode cut short by `reset` is dropped: it has no last frame and no outcome. `data_collection.gae_gamma`:
+    set `value` before the first episode ends.
     """
 
     def __init__(self, envs, cfg: DataCollectionConfig, writer: EpisodeWriter):
         self.envs, self.cfg, self.writer = envs, cfg, writer
         self.spec: EnvSpec = envs.spec
         self.num_envs, self.device = envs.num_envs, envs.device
+        self.value: Callable[[torch.Tensor], torch.Tensor] | None = None  # a critic: obs (M, D) -> (M,)
         self.num_episodes = self.num_successes = self.num_steps = self.num_frames = 0
 
     def reset(self, seed: int) -> torch.Tensor:
@@ -103,6 +109,11 @@ class EpisodeRecorder:
         success = any(info.get("success", False) for info in episode["infos"])
         if self.cfg.only_success and not (success and episode["terminated"][-1]):
             return
+        if self.cfg.gae_gamma is not None:
+            states = torch.from_numpy(np.stack([entry["states"] for entry in episode["observations"]]))
+            env_reward = torch.tensor(episode["rewards"][1:])
+            gamma, gae_lambda = self.cfg.gae_gamma, self.cfg.gae_lambda
+            episode["gae"] = critic_score(self.value(states).cpu(), env_reward, gamma, gae_lambda).tolist()
         self.num_episodes += 1
         self.num_successes += success
         self.num_frames += len(episode["observations"]) * len(self.spec.frame_shape)
@@ -122,3 +133,16 @@ class EpisodeRecorder:
 def asked_reset(asked: torch.Tensor, env: int) -> bool:
     """Whether the caller asked for the first frame of the episode that env has just begun."""
     return bool((asked if asked.ndim == 0 else asked[env]) == Render.RECORD)
+
+
+def critic_score(
+    value: torch.Tensor, env_reward: torch.Tensor, gamma: float, gae_lambda: float
+) -> torch.Tensor:
+    """(1 - gamma) times the lambda-return of each observation of one episode: (T+1,), in env reward per step.
+
+    value (T+1,) of its observations, env_reward (T,). The last return is the last value, for a terminated
+    episode too: a score must not fall at success for the rewards that an ended episode no longer pays.
+    """
+    never = torch.zeros(len(env_reward), 1, dtype=torch.bool)
+    _, returns = gae(env_reward[:, None], value[:-1, None], value[-1:], never, gamma, gae_lambda)
+    return (1 - gamma) * torch.cat([returns[:, 0], value[-1:]])

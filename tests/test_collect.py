@@ -139,6 +139,7 @@ def test_it_stops_by_successes_and_failures(tmp_path: Path, start):
         ("policies=[{name: scripted, motion: sideways}]", "wrong_way"),
         ("policies=[{name: checkpoint}]", "needs the path of a checkpoint folder"),
         ("policies=[{name: scriptd}]", "scripted"),
+        ("env.eval.data_collection={gae_gamma: 0.8, gae_lambda: 0.9}", "scores by a critic"),
         ("env.eval.data_collection.only_success=true", "only_success keeps episodes that terminated"),
         ("runner.num_episode=3", "num_episodes"),
     ],

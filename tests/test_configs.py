@@ -15,7 +15,8 @@ SETTINGS = {
     "demo_collect": collect.Config,
     "demo_resnet": train_resnet.TrainConfig,
     "demo_rl": rl_train.Config,
-    "maniskill_ppo_mlp_collect": rl_train.Config,
+    "demo_trend_collect": collect.Config,
+    "maniskill_ppo_mlp_qwentrend_collect": rl_train.Config,
     "maniskill_ppo_mlp_resnet_reward": rl_train.Config,
     "maniskill_sac_mlp_resnet_reward_async": rl_train.Config,
     "reward_training": train_resnet.TrainConfig,
@@ -59,6 +60,15 @@ def test_the_demo_learns_from_the_learned_reward_alone():
     assert learned.reward.use_reward_model
     assert learned.reward.reward_mode == "terminal"
     assert (learned.reward.env_reward_weight, learned.reward.reward_weight) == (0.0, 1.0)
+
+
+def test_the_collecting_config_keeps_the_guides_values():
+    cfg = config.from_yaml(rl_train.Config, CONFIGS / "maniskill_ppo_mlp_qwentrend_collect.yaml")
+    assert (cfg.env.train.num_envs, cfg.env.eval.num_envs) == (1024, 256)
+    data = cfg.env.eval.data_collection
+    assert (data.enabled, data.only_success, data.gae_gamma, data.gae_lambda) == (True, False, 0.8, 0.9)
+    assert (cfg.algorithm.gamma, cfg.algorithm.gae_lambda) == (0.8, 0.9)
+    assert cfg.env.eval.cameras.extra_view_images.width == 224
 
 
 @pytest.mark.parametrize("name", ["maniskill_ppo_mlp_resnet_reward", "maniskill_sac_mlp_resnet_reward_async"])

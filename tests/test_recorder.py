@@ -10,7 +10,7 @@ import torch
 from common.envs import EnvSpec, Render, Step
 from common.episodes import EpisodeWriter, list_episodes, read_episode
 from common.scenes import VIEWS, DataCollectionConfig
-from common.wrappers import EpisodeRecorder
+from common.wrappers import EpisodeRecorder, critic_score
 
 SPEC = EnvSpec(
     obs_dim=3,
@@ -147,6 +147,46 @@ def test_metres_left_are_in_every_info_of_a_task_with_a_rule(tmp_path: Path):
     first = next(episode for episode in episodes if episode.env_idx == 0 and episode.episode_id == 0)
     assert set(first.infos[0]) == {"success_distance"}
     assert first.success.tolist() == [False, True, False]  # the reset entry still says fail
+
+
+def test_critic_score_against_numbers_worked_out_by_hand():
+    """gamma = lambda = 0.5: return[t] = r[t+1] + (value[t+1] + return[t+1]) / 4, and the last is value[T]."""
+    value, env_reward = torch.tensor([8.0, 4.0, 2.0]), torch.tensor([1.0, 3.0])
+    last = 3 + 0.5 * 2  # both shares of the future are value[2]
+    first = 1 + 0.25 * 4 + 0.25 * last
+    score = critic_score(value, env_reward, gamma=0.5, gae_lambda=0.5)
+    assert score.tolist() == pytest.approx([0.5 * first, 0.5 * last, 0.5 * 2])
+    constant = critic_score(torch.full((4,), 10.0), torch.ones(3), gamma=0.9, gae_lambda=0.7)
+    assert constant.tolist() == pytest.approx([1.0] * 4)  # in units of the env reward per step
+
+
+@pytest.mark.parametrize("terminates", [False, True])
+def test_episodes_carry_the_critics_score(tmp_path: Path, terminates: bool):
+    """lambda = 0: reward and the next value. The value is 10 t, the env pays t / 10; ended or cut alike."""
+    with EpisodeWriter(tmp_path) as writer:
+        cfg = DataCollectionConfig(gae_gamma=0.8, gae_lambda=0.0)
+        recorder = EpisodeRecorder(ToyEnvs([3, 2], terminates), cfg, writer)
+        recorder.value = lambda obs: 10 * obs[:, 2]
+        recorder.reset(0)
+        for _ in range(3):
+            recorder.step(torch.zeros(2, 2))
+    first, second = (read_episode(path) for path in list_episodes(tmp_path))
+    returns = [0.1 + 0.8 * 10, 0.2 + 0.8 * 20, 0.3 + 0.8 * 30, 30]
+    np.testing.assert_allclose(first.gae, [0.2 * g for g in returns], rtol=1e-6)
+    np.testing.assert_allclose(second.gae, [0.2 * g for g in [*returns[:2], 20]], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"gae_gamma": 0.8}, "go together"),
+        ({"gae_lambda": 0.8}, "go together"),
+        ({"gae_gamma": 1.0, "gae_lambda": 0.9}, r"must lie in \[0, 1\)"),
+    ],
+)
+def test_settings_of_the_critics_score_are_checked(settings: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        DataCollectionConfig(**settings)
 
 
 def test_success_is_of_the_episode_and_of_each_frame(tmp_path: Path):

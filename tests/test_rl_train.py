@@ -192,7 +192,7 @@ def test_ppo_that_collects(made, tmp_path):
         for v in ("main_images", "extra_view_images")
         for side in ("width", "height")
     ]
-    run_script(guide("maniskill_ppo_mlp_collect", made, folder, *changes, *cameras), cwd=tmp_path)
+    run_script(guide("maniskill_ppo_mlp_qwentrend_collect", made, folder, *changes, *cameras), cwd=tmp_path)
     episodes = [read_episode(path, views=None) for path in list_episodes(folder / "collected_data")]
     assert len(episodes) >= 4  # an evaluation of two and a final one of two
     for episode in episodes:
@@ -200,6 +200,7 @@ def test_ppo_that_collects(made, tmp_path):
         assert episode.images["main_images"].shape == (7, 32, 32, 3)
         assert episode.images["extra_view_images"].shape == (7, 32, 32, 3)
         assert episode.task == "PickCube-v1"
+        assert episode.gae.shape == (7,)
     result = summary(folder)
     assert "learned_success" not in result
     assert result["env_steps"] == 48

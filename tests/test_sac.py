@@ -41,6 +41,14 @@ def make_batch(seed: int = 1) -> dict[str, torch.Tensor]:
     }
 
 
+def test_value_is_the_lowest_critic_of_the_mean_action():
+    sac, obs = make_sac(num_critics=3, critic_subset=3), make_batch()["obs"]
+    sac.set_obs_stats(torch.full((OBS_DIM,), 0.5), torch.full((OBS_DIM,), 2.0))
+    q = sac.critic(sac.norm(obs), sac.act(obs, deterministic=True))
+    assert sac.value(obs).tolist() == [min(column) for column in q.T.tolist()]
+    assert not sac.value(obs).requires_grad
+
+
 def sample_by_hand(sac: SAC, obs: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Action (A,) and logprob () of one observation, with the textbook formula for the squashed density."""
     out = sac.policy.net(obs.unsqueeze(0)).squeeze(0)
