@@ -26,6 +26,18 @@ class Scorer(Protocol):
         """label_prob (B, 3) of windows; a row's sum is at most 1."""
 
 
+def natural_windows(windows: WindowSet) -> tuple[np.ndarray, str]:
+    """(indices of the windows that nobody reversed, a warning or ""); all where those are of one label."""
+    natural = np.flatnonzero(~windows.reversed)
+    held = np.unique(windows.labels[natural])
+    if len(held) < 2:
+        return np.arange(len(windows)), "; warning: reversed ones are among them"
+    lacking = [LABELS[label] for label in np.setdiff1d(windows.labels, held)]
+    if lacking:
+        return natural, f"; warning: none of the natural ones is {lacking[0]}, so that its F1 is unknown"
+    return natural, ""
+
+
 def score_windows(
     model: Scorer,
     windows: WindowSet,

@@ -49,11 +49,18 @@ class WindowSet:
 
     views = tuple(FRAME_KEYS)
 
-    def __init__(self, paths: str | list[str], video_root: str | None = None, cache_bytes: float = 8e9):
+    def __init__(
+        self,
+        paths: str | list[str],
+        video_root: str | None = None,
+        cache_bytes: float = 8e9,
+        last_frame_only: bool = False,
+    ):
         """`video_root`: where relative `pkl_path`s start; None: the folder above that of the segments.jsonl.
 
-        `cache_bytes` of frames stay in memory, the rest is read again each time. Raises UserError if a file
-        is missing or broken, if a row is no window, or if rows disagree.
+        `cache_bytes` of frames stay in memory, the rest is read again each time. `last_frame_only`:
+        windows repeat their last frame, for a model that cannot see motion. Raises UserError if a file is
+        missing or broken, if a row is no window, or if rows disagree.
         """
         paths = [paths] if isinstance(paths, str) else paths
         if not paths:
@@ -76,6 +83,7 @@ class WindowSet:
         self.info = infos[0]
         self.sha256 = {path: hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in paths}
 
+        self._last_frame_only = last_frame_only
         self._cache_left = cache_bytes
         self._cached: dict[int, dict[str, list[Tensor]]] = {}  # window -> view -> its K frames
         self._frames: dict[bytes, Tensor] = {}  # hash of a frame's content -> the frame
@@ -101,12 +109,12 @@ class WindowSet:
     def windows(self, indices: np.ndarray) -> dict[str, Tensor]:
         """View -> (len(indices), K, H, W, 3) uint8, time rising."""
         read = [self._window(int(index)) for index in indices]
-        return {
-            view: torch.stack([frame for window in read for frame in window[view]]).unflatten(
-                0, (len(read), self.window_size)
-            )
+        size = (len(read), self.window_size)
+        frames = {
+            view: torch.stack([frame for window in read for frame in window[view]]).unflatten(0, size)
             for view in self.views
         }
+        return frozen(frames) if self._last_frame_only else frames
 
     def tasks_of(self, indices: np.ndarray) -> list[str]:
         return [self.tasks[index] for index in indices]
