@@ -182,13 +182,14 @@ def record_traces(envs, agent, client: RewardClient | None, num_episodes: int, s
     for env in range(num_shown):
         mine = {view: torch.stack([f[view][env] for f in frames[: ends[env]]]) for view in frames[0]}
         succeeded = torch.stack(truth)[: ends[env], env]
-        prob = np.full(len(succeeded), np.nan, np.float32)
+        score = np.full(len(succeeded), np.nan, np.float32)
+        trace = Trace(mine["main_images"].cpu().numpy(), score, succeeded.numpy(), "")
         if client is not None and client.cfg.of_windows:
             metres = None if distance[0] is None else torch.stack(distance)[: ends[env] - 1, env].cpu()
-            prob[1:] = _positive_prob(client, mine, succeeded, metres)
+            _judge_windows(trace, client, mine, metres)
         elif client is not None:
-            prob = client.score({view: mine[view] for view in client.views}).success_prob.numpy()
-        traces.append(Trace(mine["main_images"].cpu().numpy(), prob, succeeded.numpy(), ""))
+            trace.score = client.score({view: mine[view] for view in client.views}).success_prob.numpy()
+        traces.append(trace)
     if num_shown < num_episodes:
         traces += record_traces(envs, agent, client, num_episodes - num_shown, seed + 1)
     for number, trace in enumerate(traces):
@@ -196,16 +197,21 @@ def record_traces(envs, agent, client: RewardClient | None, num_episodes: int, s
     return traces
 
 
-def _positive_prob(
-    client: RewardClient, frames: dict, success: Tensor, distance: Tensor | None
-) -> np.ndarray:
-    """(T,) float32 probability that the window ending at each step is positive, nan where none was judged."""
+def _judge_windows(trace: Trace, client: RewardClient, frames: dict, distance: Tensor | None) -> None:
+    """Set what the trace says of the windows that end at each step (of the first buffer), in place."""
     watch = make_watch(client.cfg, client, 1)
     after_reset = {view: frames[view][1:].cpu() for view in client.camera_views}
-    for t, look in enumerate(look_back(watch, after_reset, success[1:], distance)):
+    success = torch.from_numpy(trace.truth[1:])
+    truth = torch.full((len(success), watch.num_slots), -1)
+    for t, look in enumerate(look_back(watch, after_reset, success, distance)):
         client.submit(look.data, t * watch.num_slots + look.slots)
-    prob = np.full((len(success) - 1, watch.num_slots), np.nan, np.float32)
+        truth[t, look.slots] = look.truth
+    prob = torch.full(truth.shape, torch.nan)
     for verdicts in client.receive(wait=True):
         mass = verdicts.label_prob.sum(1).clamp(min=1e-12)
-        prob.reshape(-1)[verdicts.keys] = (verdicts.label_prob[:, POSITIVE] / mass).numpy()
-    return prob[:, 0]  # of the first buffer
+        prob.view(-1)[verdicts.keys] = verdicts.label_prob[:, POSITIVE] / mass
+    trace.question = "positive"
+    trace.score[1:] = prob[:, 0].numpy()
+    if (truth >= 0).any():
+        trace.truth_of = "positive"
+        trace.truth[1:] = (truth[:, 0] == POSITIVE).numpy()

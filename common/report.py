@@ -14,7 +14,7 @@ import numpy as np
 
 from common.files import atomic_write
 from common.runtime import UserError
-from common.video import Trace
+from common.video import OPPOSITE, Trace
 
 # What draws is imported where it is used: a spawned worker imports its script again and never draws.
 if TYPE_CHECKING:
@@ -158,6 +158,7 @@ def _add_wall_seconds(axes: "Axes", rows: list[dict]) -> None:
 # ----------------------------------------------------------------------------------------------------
 # Scores beside the truth
 
+SCORE_OF = {"success": "success probability", "positive": "probability of positive"}
 MAX_EPISODES, NUM_COLUMNS = 8, 4  # panels; the histogram counts all episodes
 
 
@@ -185,7 +186,7 @@ def score_figure(traces: list[Trace], threshold: float) -> "Figure":
                 _draw_thumbnail(top.add_subplot(grid[2 * row, 2 * column + place]), trace.frames[t], t)
             axes = top.add_subplot(grid[2 * row + 1, 2 * column : 2 * column + 2])
             _draw_scores(axes, trace, threshold)
-            axes.set_ylabel("success probability" if column == 0 else "")
+            axes.set_ylabel(SCORE_OF[trace.question] if column == 0 else "")
             axes.tick_params(labelleft=column == 0)
         top.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=4)
         _draw_histogram(bottom.add_subplot(), traces, threshold)
@@ -202,40 +203,42 @@ def _draw_scores(axes: "Axes", trace: Trace, threshold: float) -> None:
     edges = np.arange(len(trace.frames) + 1) - 0.5
     # stairs, since fill_between draws nothing where a single step is true
     heights = np.where(trace.truth, 1.05, -0.05)
-    axes.stairs(heights, edges, baseline=-0.05, fill=True, color=PALE_BLUE, label="truth: success")
+    axes.stairs(heights, edges, baseline=-0.05, fill=True, color=PALE_BLUE, label=f"truth: {trace.truth_of}")
     axes.axhline(threshold, color=GREY, linestyle="--", linewidth=1, label=f"threshold {threshold:.3g}")
-    axes.plot(trace.steps, trace.success_prob, color="black", marker="o", markersize=2, label="model's score")
-    wrong = trace.scored & (trace.verdict(threshold) != trace.truth)
-    axes.plot(
-        trace.steps[wrong], trace.success_prob[wrong], "X", color=ORANGE, markersize=6, label="wrong verdict"
-    )
+    axes.plot(trace.steps, trace.score, color="black", marker="o", markersize=2, label="model's score")
+    wrong = trace.wrong(threshold)
+    axes.plot(trace.steps[wrong], trace.score[wrong], "X", color=ORANGE, markersize=6, label="wrong verdict")
     axes.set(xlim=(edges[0], edges[-1]), ylim=(-0.05, 1.05), yticks=[0, 0.5, 1], xlabel="step")
     axes.set_title(trace.title, loc="left")
     axes.grid(visible=False)
 
 
 def _draw_histogram(axes: "Axes", traces: list[Trace], threshold: float) -> None:
-    axes.set(xlim=(0, 1), xlabel="success probability", ylabel="frames")
+    question, truth_of = traces[0].question, traces[0].truth_of
+    axes.set(xlim=(0, 1), xlabel=SCORE_OF[question], ylabel="frames")
     axes.set_title(f"All scored frames of {len(traces)} episodes", loc="left")
     if not any(trace.scored.any() for trace in traces):
         axes.text(0.5, 0.5, "no frame was scored", color=GREY, ha="center", transform=axes.transAxes)
         return
-    prob = np.concatenate([trace.success_prob[trace.scored] for trace in traces])
+    score = np.concatenate([trace.score[trace.scored] for trace in traces])
     truth = np.concatenate([trace.truth[trace.scored] for trace in traces])
     verdict = np.concatenate([trace.verdict(threshold)[trace.scored] for trace in traces])
-    false_positives, missed = (verdict & ~truth).sum(), (~verdict & truth).sum()
+    counts = {True: "", False: ""}
+    if question == truth_of:
+        counts[False] = f", {(verdict & ~truth).sum()} false positives"
+        counts[True] = f", {(~verdict & truth).sum()} missed"
     for frames, color, hatch, label in (
         (
             ~truth,
             ORANGE,
             "////",
-            f"truth: failure ({(~truth).sum()} frames, {false_positives} false positives)",
+            f"truth: {OPPOSITE[truth_of]} ({(~truth).sum()} frames{counts[False]})",
         ),
-        (truth, BLUE, None, f"truth: success ({truth.sum()} frames, {missed} missed)"),
+        (truth, BLUE, None, f"truth: {truth_of} ({truth.sum()} frames{counts[True]})"),
     ):
         bins = np.linspace(0, 1, 41)
         axes.hist(
-            prob[frames],
+            score[frames],
             bins,
             histtype="stepfilled",
             fc=color,

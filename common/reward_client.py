@@ -198,6 +198,7 @@ class RewardClient:
         self.meta, self.views = meta, views
         if self.cfg.of_windows:
             self._check_buffers(window)
+            self.threshold = 0.5  # of the probability of positive, in pictures alone
             return
         stored = meta.get("threshold")
         if self.cfg.reward_threshold != "auto":

@@ -23,6 +23,7 @@ from common.runtime import UserError
 ON_DARK = {True: "#56B4E9", False: "#E69F00", None: "#8A8A8A"}  # verdict or truth -> colour; None: not scored
 MIN_WIDTH = 384  # pixels; smaller frames are enlarged by a whole number, so that pixels stay squares
 STRIP_HEIGHT = 84
+OPPOSITE = {"success": "failure", "positive": "not positive"}
 
 
 @dataclass
@@ -30,9 +31,11 @@ class Trace:
     """One evaluation episode. Entry t is about the observation after t steps, entry 0 about the reset's."""
 
     frames: np.ndarray  # (T, H, W, 3) uint8 RGB
-    success_prob: np.ndarray  # (T,) float32 in [0, 1], nan where the reward model was not asked
+    score: np.ndarray  # (T,) float32 in [0, 1], nan where the reward model was not asked
     truth: np.ndarray  # (T,) bool
     title: str
+    question: str = "success"  # what score is the probability of; of windows: that the trend is positive
+    truth_of: str = "success"  # what truth is about
 
     def __post_init__(self):
         if self.frames.dtype != np.uint8 or self.frames.ndim != 4 or self.frames.shape[3] != 3:
@@ -40,10 +43,10 @@ class Trace:
                 f"frames must be (T, H, W, 3) uint8, got {self.frames.shape} {self.frames.dtype}"
             )
         length = (len(self.frames),)
-        if length == (0,) or self.success_prob.shape != length or self.truth.shape != length:
+        if length == (0,) or self.score.shape != length or self.truth.shape != length:
             raise ValueError(
-                f"frames, success_prob and truth must share T >= 1, got {len(self.frames)}, "
-                f"{self.success_prob.shape}, {self.truth.shape}"
+                f"frames, score and truth must share T >= 1, got {len(self.frames)}, "
+                f"{self.score.shape}, {self.truth.shape}"
             )
         if self.truth.dtype != bool:
             raise ValueError(f"truth must be bool, got {self.truth.dtype}")
@@ -56,18 +59,22 @@ class Trace:
     @property
     def scored(self) -> np.ndarray:
         """(T,) bool."""
-        return ~np.isnan(self.success_prob)
+        return ~np.isnan(self.score)
 
     def verdict(self, threshold: float) -> np.ndarray:
         """(T,) bool; False where not scored."""
-        prob = torch.from_numpy(self.success_prob)
-        return Verdicts.judge(torch.from_numpy(self.steps), prob, threshold).success.numpy()
+        score = torch.from_numpy(self.score)
+        return Verdicts.judge(torch.from_numpy(self.steps), score, threshold).success.numpy()
+
+    def wrong(self, threshold: float) -> np.ndarray:
+        """(T,) bool: the verdict is not the truth, where both are about the same question."""
+        return self.scored & (self.verdict(threshold) != self.truth) & (self.question == self.truth_of)
 
 
 def save_video(traces: list[Trace], threshold: float, path: Path, fps: int) -> None:
     """Write an mp4 (H.264) of the episodes one after the other, the last frame of each held for 0.5 s.
 
-    Under each frame: the episode and step, success_prob as a bar with a tick at the threshold, the verdict
+    Under each frame: the episode and step, the score as a bar with a tick at the threshold, the verdict
     and the truth. ValueError if the frames of the traces are not of one size, UserError if ffmpeg fails.
     """
     from imageio_ffmpeg import get_ffmpeg_exe
@@ -103,15 +110,18 @@ def video_pictures(traces: list[Trace], threshold: float, num_held: int) -> Iter
     strip = _Strip(width * scale, threshold)
     for number, trace in enumerate(traces, start=1):
         name = f"{number}/{len(traces)}  {trace.title}"
-        verdict = trace.verdict(threshold)
+        verdict, wrong = trace.verdict(threshold), trace.wrong(threshold)
         for t, frame in enumerate(trace.frames):
             large = frame.repeat(scale, axis=0).repeat(scale, axis=1)
             below = strip.draw(
                 name if len(name) <= 34 else name[:33] + "…",
                 f"step {t}/{len(trace.frames) - 1}",
-                float(trace.success_prob[t]),
-                bool(verdict[t]),
-                bool(trace.truth[t]),
+                float(trace.score[t]),
+                {
+                    "model": (bool(verdict[t]), trace.question),
+                    "truth": (bool(trace.truth[t]), trace.truth_of),
+                },
+                bool(wrong[t]),
             )
             picture = np.concatenate([large, below])
             picture = np.ascontiguousarray(picture[: len(picture) // 2 * 2, : width * scale // 2 * 2])
@@ -152,25 +162,28 @@ class _Strip:
         self.error = text(width - 10, 68, "right")
         self.error.set_weight("bold")
 
-    def draw(self, name: str, step: str, success_prob: float, verdict: bool, truth: bool) -> np.ndarray:
-        """(STRIP_HEIGHT, width, 3) uint8. A square is filled for success and hollow for failure."""
-        scored = not math.isnan(success_prob)
+    def draw(
+        self, name: str, step: str, score: float, says: dict[str, tuple[bool, str]], wrong: bool
+    ) -> np.ndarray:
+        """(STRIP_HEIGHT, width, 3) uint8. says: what "model" and "truth" answer to which question. A square
+        is filled for yes and hollow for no."""
+        scored = not math.isnan(score)
+        verdict = says["model"][0]
         self.name.set_text(name)
         self.step.set_text(step)
-        self.bar.set_width(success_prob * self.bar_width if scored else 0)
+        self.bar.set_width(score * self.bar_width if scored else 0)
         self.bar.set_color(ON_DARK[verdict])
         sign = "≥" if verdict else "<"
-        self.comparison.set_text(
-            f"score {success_prob:.3f} {sign} {self.threshold:.3f}" if scored else "not scored"
-        )
-        for square, text, who, says in (
-            (self.verdict_square, self.verdict_text, "model", verdict if scored else None),
-            (self.truth_square, self.truth_text, "truth", truth),
+        self.comparison.set_text(f"score {score:.3f} {sign} {self.threshold:.3f}" if scored else "not scored")
+        for square, text, who in (
+            (self.verdict_square, self.verdict_text, "model"),
+            (self.truth_square, self.truth_text, "truth"),
         ):
-            square.set_edgecolor(ON_DARK[says])
-            square.set_facecolor(ON_DARK[says] if says else "none")
-            text.set_text(f"{who}: {({True: 'success', False: 'failure', None: '-'})[says]}")
-        wrong = scored and verdict != truth
+            answer, question = says[who]
+            answer = answer if scored or who == "truth" else None
+            square.set_edgecolor(ON_DARK[answer])
+            square.set_facecolor(ON_DARK[answer] if answer else "none")
+            text.set_text(f"{who}: {({True: question, False: OPPOSITE[question], None: '-'})[answer]}")
         self.error.set_text(("false positive" if verdict else "missed") if wrong else "")
         self.canvas.draw()
         return np.asarray(self.canvas.buffer_rgba())[..., :3].copy()

@@ -148,7 +148,7 @@ def test_evaluation_refuses_a_model_that_owes_verdicts_to_the_rollout(client):
 def test_traces_hold_every_frame_of_each_first_episode(client):
     first, second = record_traces(envs(), StillAgent(), client, num_episodes=2, seed=3)
     assert first.frames[:, 0, 0, 0].tolist() == [99, 10, 90]
-    np.testing.assert_allclose(first.success_prob, [0.99, 0.1, 0.9], rtol=1e-6)
+    np.testing.assert_allclose(first.score, [0.99, 0.1, 0.9], rtol=1e-6)
     assert first.truth.tolist() == [False, True, True]
     assert second.frames[:, 0, 0, 0].tolist() == [99, 10, 10, 70]
     assert second.truth.tolist() == [False, False, False, True]
@@ -166,4 +166,4 @@ def test_more_traces_than_envs_take_more_rounds_and_fewer_render_fewer(client):
 
 def test_traces_without_a_reward_model_have_no_scores():
     (trace,) = record_traces(envs(), StillAgent(), None, num_episodes=1, seed=3)
-    assert all(math.isnan(prob) for prob in trace.success_prob)
+    assert all(math.isnan(prob) for prob in trace.score)

@@ -107,14 +107,14 @@ def test_video_refuses_frames_of_two_sizes_and_none(tmp_path: Path):
     ("change", "message"),
     [
         ({"frames": np.zeros((2, 4, 4, 3), np.float32)}, "uint8"),
-        ({"success_prob": np.zeros(3, np.float32)}, r"share T >= 1, got 2, \(3,\)"),
+        ({"score": np.zeros(3, np.float32)}, r"share T >= 1, got 2, \(3,\)"),
         ({"truth": np.zeros(2)}, "truth must be bool, got float64"),
     ],
 )
 def test_trace_refuses_what_does_not_fit(change: dict, message: str):
     good = {
         "frames": np.zeros((2, 4, 4, 3), np.uint8),
-        "success_prob": np.zeros(2, np.float32),
+        "score": np.zeros(2, np.float32),
         "truth": np.zeros(2, bool),
         "title": "",
     }
