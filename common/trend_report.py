@@ -235,6 +235,7 @@ def plot_examples(label_prob: np.ndarray, windows: WindowSet, indices: np.ndarra
 
     label, verdict = windows.labels[indices], label_prob.argmax(1)
     right, wrong = np.flatnonzero(verdict == label), np.flatnonzero(verdict != label)
+    right = right[np.argsort(label[right], kind="stable")]  # spread over the labels
     right = right[np.linspace(0, len(right) - 1, min(NUM_EXAMPLES, len(right))).astype(int)]
     wrong = wrong[np.argsort(-label_prob[wrong].max(1), kind="stable")[:NUM_EXAMPLES]]
     with matplotlib.rc_context({**STYLE, "axes.grid": False}):
@@ -253,7 +254,10 @@ def _strip(frames: Frames) -> np.ndarray:
     rows = []
     for images in frames.values():
         size = images.shape[1]
-        rows.append(np.concatenate(images[0, [0, size // 2, size - 1]].numpy(), axis=1))
+        shown = images[0, [0, size // 2, size - 1]].numpy()
+        gap = max(images.shape[3] // 32, 1)
+        framed = np.pad(shown, ((0, 0), (gap, gap), (gap, gap), (0, 0)), constant_values=255)
+        rows.append(np.concatenate(framed, axis=1))
     width = max(row.shape[1] for row in rows)
     white = [np.pad(row, ((0, 0), (0, width - row.shape[1]), (0, 0)), constant_values=255) for row in rows]
     return np.concatenate(white)
