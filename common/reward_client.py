@@ -212,6 +212,11 @@ class RewardClient:
 
     def _check_buffers(self, window: int | None) -> None:
         """UserError where the history buffers do not keep what the model was trained on."""
+        sizes = {name: buffer.history_size for name, buffer in self.cfg.model.history_buffers.items()}
+        if len(set(sizes.values())) != 1:
+            raise UserError(
+                f"reward.model.history_buffers: one model, one history_size, got {sizes or 'none'}"
+            )
         for name, buffer in self.cfg.model.history_buffers.items():
             where = f"reward.model.history_buffers.{name}"
             if window is not None and buffer.history_size != window:

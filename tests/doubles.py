@@ -10,8 +10,10 @@ from torch import Tensor
 
 from common import reward_client
 from common.envs import EnvSpec, Render, Step
+from common.history import HistoryBufferConfig
 from common.resnet_reward import ResNetRewardConfig
 from common.reward_client import RewardConfig
+from common.reward_models import HistoryOracleConfig
 
 RENDER = {"task": "Count", "views": {"main_images": {"fov": 1.0}, "extra_view_images": {"fov": 2.0}}}
 
@@ -136,6 +138,46 @@ class FakeModel:
         if SLEEPS in pixels:
             time.sleep(60)
         return pixels.float() / 100
+
+
+@dataclass
+class FakeTrendModel:
+    """A window is positive where its last pixel lies above its first, negative below, invalid where one is
+    99; sure of it, and wrong in no case."""
+
+    views: tuple[str, ...] = ("main_images",)
+    window: int | None = None
+    meta: dict = field(default_factory=dict)
+    task: str = ""
+
+    def score(self, frames: dict[str, Tensor]) -> Tensor:
+        assert set(frames) >= set(self.views)
+        pixels = frames["main_images"][:, :, 0, 0, 0].int()
+        rise = pixels[:, -1] - pixels[:, 0]
+        said = torch.stack([rise > 0, rise < 0, rise == 0], dim=1).float()
+        said[(pixels == 99).any(1)] = 0.0
+        return said
+
+
+def window_config(
+    size: int = 2, model: dict | None = None, buffer: dict | None = None, **changes
+) -> RewardConfig:
+    """Settings that pay +1 / -1 / 0 for windows of `size` frames, judged by a `FakeTrendModel`."""
+    buffer = HistoryBufferConfig(size, history_keys=["main_images"], **(buffer or {}))
+    worth = {"positive_reward": 1.0, "negative_reward": -1.0, "invalid_reward": -5.0}
+    section = HistoryOracleConfig(
+        history_buffers={"window": buffer},
+        reward_parser_params=worth,
+        infer_micro_batch_size=3,
+        **(model or {}),
+    )
+    changes = {"use_reward_model": True, "placement": "inline", **changes}
+    return RewardConfig(reward_mode="history_buffer", model=section, **changes)
+
+
+def use_fake_trend_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every reward client that is made in this process from now on asks a `FakeTrendModel`."""
+    monkeypatch.setattr(reward_client, "load_reward_model", lambda _: FakeTrendModel())
 
 
 def reward_config(**changes) -> RewardConfig:
