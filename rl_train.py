@@ -81,6 +81,12 @@ class Config:
             train, evaluation = vars(self.env.train)[key], vars(self.env.eval)[key]
             if train != evaluation:
                 raise ValueError(f"env.train.{key} is {train}, but env.eval.{key} {evaluation}; use one")
+        writes_gae = any(e.data_collection.gae_gamma is not None for e in (self.env.train, self.env.eval))
+        if writes_gae and self.reward.use_reward_model:
+            raise ValueError(
+                "data_collection.gae_gamma scores frames by a critic of the env reward, and with a reward "
+                "model there is none: set it to null, or reward.use_reward_model to false"
+            )
         if self.env.train.data_collection.enabled and self.env.eval.data_collection.enabled:
             raise ValueError("data_collection is on for env.train and for env.eval; record one of them")
 
@@ -261,6 +267,13 @@ def record(envs, data: DataCollectionConfig, folder: Path, stack: ExitStack):
     return EpisodeRecorder(envs, data, writer)
 
 
+def let_critic_score(envs, agent: PPO | SAC):
+    """The envs; a recorder among them may ask the agent's critic (`data_collection.gae_gamma`)."""
+    if isinstance(envs, EpisodeRecorder):
+        envs.value = agent.value
+    return envs
+
+
 def learn(cfg: Config, run: Run, agent: PPO | SAC, client: RewardClient | None, make_train_envs) -> None:
     """Train, keep `best` and `last`, and leave the best agent in `agent`."""
     try:
@@ -319,6 +332,7 @@ def main() -> None:
         # Once more: how many random numbers went by until here depends on which parts live in this process.
         seed_everything(cfg.runner.seed)
         agent = build_agent(*parts, pick_device(cfg.runner.device))
+        let_critic_score(eval_envs, agent)
         log = stack.enter_context(RunLog(folder, cfg.runner.logger.logger_backends))
         run = Run(cfg.runner, folder, agent, agent_meta(*parts), eval_envs, client, log)
 
@@ -326,7 +340,7 @@ def main() -> None:
             run.resume(Path(cfg.runner.resume_dir))
         else:
             views = client.camera_views if client is not None else ()
-            learn(cfg, run, agent, client, lambda: open_envs(cfg.env.train, views))
+            learn(cfg, run, agent, client, lambda: let_critic_score(open_envs(cfg.env.train, views), agent))
         trained = time.perf_counter()
         summary = run.measure()
         seconds = {
