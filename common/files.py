@@ -9,6 +9,7 @@ import json
 import math
 import os
 import secrets
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,6 +46,28 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
         raise
     fsync(path.parent)  # the new name is on the disk only when the folder is
+
+
+@contextlib.contextmanager
+def whole_folder(folder: str | Path) -> Iterator[Path]:
+    """Yield an empty folder that becomes `folder` (replacing an older one) if the block ends well."""
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
+    older = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.old")
+    temporary.mkdir()
+    try:
+        yield temporary
+        for path in [*temporary.rglob("*"), temporary]:
+            fsync(path)
+        if folder.exists():
+            folder.rename(older)
+        temporary.rename(folder)
+    finally:
+        if older.exists() and not folder.exists():  # interrupted between the two renames
+            older.rename(folder)
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(older, ignore_errors=True)
 
 
 def fsync(path: Path) -> None:

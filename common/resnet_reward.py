@@ -13,10 +13,7 @@ Parameter names are RLinf's (`backbone.*`, torchvision's names below that), so w
 What a reward model must offer, of whatever kind: `score(frames) -> success_prob`, `views`, `window`, `meta`.
 """
 
-import contextlib
-import secrets
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -27,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from common.files import fsync, load_json, load_torch, save_json
+from common.files import load_json, load_torch, save_json, whole_folder
 from common.resnets import Arch, build_backbone, fast_forward, is_fast_at_bf16
 from common.runtime import UserError, pick_device
 
@@ -188,7 +185,7 @@ class ResNetRewardModel(nn.Module):
             **meta,
         }
         weights = {name: value.contiguous() for name, value in self.state_dict().items()}
-        with _whole_folder(Path(folder)) as temporary:
+        with whole_folder(folder) as temporary:
             save_file(weights, temporary / "model.safetensors")
             save_file(
                 {"frames": golden_frames.contiguous(), "success_prob": golden_prob},
@@ -234,27 +231,6 @@ def _read_state_dict(path: Path) -> dict[str, Tensor]:
         if name not in ("mean", "std", "_mean", "_std"):
             clean[name] = value
     return clean
-
-
-@contextlib.contextmanager
-def _whole_folder(folder: Path) -> Iterator[Path]:
-    """Yield an empty folder that becomes `folder` (replacing an older one) if the block ends well."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
-    older = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.old")
-    temporary.mkdir()
-    try:
-        yield temporary
-        for path in [*temporary.iterdir(), temporary]:
-            fsync(path)
-        if folder.exists():
-            folder.rename(older)
-        temporary.rename(folder)
-    finally:
-        if older.exists() and not folder.exists():  # interrupted between the two renames
-            older.rename(folder)
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(older, ignore_errors=True)
 
 
 def _first_of(names: list[str]) -> str:
