@@ -103,7 +103,7 @@ def model_of(server: Server | str, parser: str = "qwentrend_reward_parser", **ap
     trend = parser == "qwentrend_reward_parser"
     url = server if isinstance(server, str) else server.url
     return ServedVLMRewardModel(
-        ApiConfig(base_url=url, model="judge", **api),
+        ApiConfig(base_url=url, **{"model": "judge", **api}),
         VIEWS,
         3 if trend else None,
         "qwentrend_input_builder" if trend else "base_vlm_input_builder",
@@ -372,9 +372,11 @@ def test_a_tiny_qwen_behind_transformers_serve(tmp_path: Path, monkeypatch: pyte
         try:
             wait_until_healthy(server, port, tmp_path / "server.log")
             frames = {view: torch.randint(0, 256, (3, 3, 64, 64, 3), dtype=torch.uint8) for view in VIEWS}
-            model = model_of(f"http://127.0.0.1:{port}/v1", num_concurrent=2)
-            model.client.cfg.model = str(folder)
+            model = model_of(f"http://127.0.0.1:{port}/v1", model=str(folder), num_concurrent=2)
             prob, again = model.score(frames), model.score(frames)
+            answer = model.client.ask({"messages": [{"role": "user", "content": "Push?"}], "max_tokens": 2})
+            with pytest.raises(UserError, match=r"refused the request: 400 .*requested 'another'"):
+                model_of(f"http://127.0.0.1:{port}/v1", model="another").score(frames)
         finally:
             server.terminate()
             server.wait(timeout=20)
@@ -382,6 +384,7 @@ def test_a_tiny_qwen_behind_transformers_serve(tmp_path: Path, monkeypatch: pyte
     assert set(prob.sum(1).tolist()) <= {0.0, 1.0}
     assert torch.equal(prob, again)
     assert not model.asks_logprobs
+    assert answer.text
 
 
 def wait_until_healthy(server: subprocess.Popen, port: int, log: Path) -> None:
