@@ -25,6 +25,14 @@ def tmp_cwd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a tiny Qwen3-VL with random weights. Shared: copy it before changing it."""
+    from benchmarks.tiny_qwen import make_tiny_qwen
+
+    return make_tiny_qwen(tmp_path_factory.mktemp("tiny") / "Qwen3-VL-tiny")
+
+
+@pytest.fixture(scope="session")
 def renderer() -> Iterator[None]:
     """A warm renderer: for tests that make simulations in this process and look at their pictures.
 
