@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from common.history import HistoryBufferConfig
+from common.qwen_reward import HistoryVLMRewardConfig, VLMRewardConfig, load_history_vlm, load_vlm
 from common.resnet_reward import ResNetRewardConfig, load_resnet
 from common.trend import LABELS, trend_labels
 
@@ -55,11 +56,14 @@ class HistoryOracle:
         return torch.nn.functional.one_hot(label, len(LABELS)).float()
 
 
-RewardModelConfig = ResNetRewardConfig | HistoryOracleConfig
-OF_WINDOWS = (HistoryOracleConfig,)
+RewardModelConfig = ResNetRewardConfig | VLMRewardConfig | HistoryVLMRewardConfig | HistoryOracleConfig
+OF_WINDOWS = (HistoryVLMRewardConfig, HistoryOracleConfig)
 
 REWARD_MODELS: dict[str, Callable[[Any, torch.device | None], Any]] = {
     "resnet": load_resnet,
+    "vlm": load_vlm,
+    "history_vlm": load_history_vlm,
+    "buffered_vlm": load_history_vlm,  # its name in newer RLinf
     "history_oracle": lambda cfg, _: HistoryOracle(cfg),
 }
 
