@@ -87,6 +87,17 @@ class Config:
                 "data_collection.gae_gamma scores frames by a critic of the env reward, and with a reward "
                 "model there is none: set it to null, or reward.use_reward_model to false"
             )
+        if writes_gae and self.reward.env_reward_weight != 1:
+            raise ValueError(
+                "data_collection.gae_gamma wants reward.env_reward_weight 1: critics learn what is paid"
+            )
+        for section in (self.env.train, self.env.eval):
+            gae_gamma = section.data_collection.gae_gamma
+            if gae_gamma is not None and gae_gamma != self.algorithm.gamma:
+                raise ValueError(
+                    f"data_collection.gae_gamma is {gae_gamma}, but the critic learns by algorithm.gamma "
+                    f"{self.algorithm.gamma}; use one"
+                )
         if self.env.train.data_collection.enabled and self.env.eval.data_collection.enabled:
             raise ValueError("data_collection is on for env.train and for env.eval; record one of them")
 

@@ -21,10 +21,12 @@ from common.envs import EnvSpec, Render
 from common.episodes import VIEWS
 from common.processes import Child
 from common.prompts import make_parser
+from common.qwen_reward import VLMConfig
 from common.resnet_reward import ResNetRewardConfig
 from common.reward_models import OF_WINDOWS, HistoryOracleConfig, RewardModelConfig, load_reward_model
 from common.rewards import Verdicts, WindowVerdicts
 from common.runtime import UserError
+from common.vlm_api import ApiConfig
 
 RING_CHUNKS = 16  # chunks of frames that may be on their way to the worker before submit waits
 
@@ -40,13 +42,16 @@ class RewardConfig:
     verdict_every: int = 1  # env steps of SAC between two asks of the model: larger batches, later verdicts
     placement: Literal["auto", "inline", "worker"] = "auto"  # auto: worker on the CPU, except for terminal
     model: RewardModelConfig = field(default_factory=ResNetRewardConfig)
+    api: ApiConfig | None = None  # ask a served vision-language model instead of loading one here
 
     def __post_init__(self):
         if self.reward_threshold != "auto" and not 0 <= self.reward_threshold <= 1:
             raise ValueError(f"reward_threshold must lie in [0, 1] or be 'auto', got {self.reward_threshold}")
         if self.verdict_every < 1:
             raise ValueError(f"verdict_every must be at least 1, got {self.verdict_every}")
-        if self.use_reward_model and not self.model_files and not self.is_oracle:
+        if self.api is not None and not isinstance(self.model, VLMConfig):
+            raise ValueError(f"reward.api serves vlm and history_vlm, not {self.model.model_type}")
+        if self.use_reward_model and not self.model_files and not self.is_oracle and self.api is None:
             raise ValueError("use_reward_model is on but model.model_path names no checkpoint")
         if self.use_reward_model and self.of_windows != isinstance(self.model, OF_WINDOWS):
             judges = "windows" if isinstance(self.model, OF_WINDOWS) else "single frames"
@@ -68,7 +73,9 @@ class RewardConfig:
 
     @property
     def model_files(self) -> dict[str, str]:
-        """Key -> path of what the model is made from."""
+        """Key -> path of what the model is made from; nothing where it is served."""
+        if self.api is not None:
+            return {}
         keys = ("model_path", "lora_path")
         return {f"reward.model.{key}": vars(self.model)[key] for key in keys if vars(self.model).get(key)}
 
@@ -83,7 +90,7 @@ class RewardConfig:
     def in_worker(self) -> bool:
         if self.placement == "auto":
             slow = self.reward_mode != "terminal" and not self.is_oracle
-            return slow and not torch.cuda.is_available()
+            return slow and (self.api is not None or not torch.cuda.is_available())
         return self.placement == "worker"
 
 
@@ -191,7 +198,7 @@ class RewardClient:
     # -- parts ---------------------------------------------------------------------------------------
 
     def _open(self) -> None:
-        self.model = load_reward_model(self.cfg.model)
+        self.model = load_reward_model(self.cfg.model, self.cfg.api)
         self._read_meta(self.model.meta, self.model.views, self.model.window)
 
     def _read_meta(self, meta: dict, views: tuple[str, ...], window: int | None) -> None:
@@ -255,7 +262,7 @@ class RewardWorker(RewardClient):
     """The model in a process of its own; frames travel through a ring in shared memory."""
 
     def _open(self) -> None:
-        self.child = Child("reward worker", _reward_worker, (self.cfg.model,))
+        self.child = Child("reward worker", _reward_worker, (self.cfg.model, self.cfg.api))
         self._read_meta(*self.child.receive())
         self.ring: dict[str, Tensor] | None = None
         self._sent: deque[Tensor] = deque()  # keys of each chunk in the ring, in order
@@ -309,8 +316,8 @@ def set_task(model, task: str) -> None:
         model.task = task
 
 
-def _reward_worker(connection: Connection, model_cfg) -> None:
-    model = load_reward_model(model_cfg)
+def _reward_worker(connection: Connection, model_cfg, api) -> None:
+    model = load_reward_model(model_cfg, api)
     connection.send(("ok", (model.meta, model.views, model.window)))
     ring = None
     while True:

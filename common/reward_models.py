@@ -17,6 +17,7 @@ from common.history import HistoryBufferConfig
 from common.qwen_reward import HistoryVLMRewardConfig, VLMRewardConfig, load_history_vlm, load_vlm
 from common.resnet_reward import ResNetRewardConfig, load_resnet
 from common.trend import LABELS, trend_labels
+from common.vlm_api import ApiConfig, load_served
 
 
 @dataclass
@@ -68,6 +69,10 @@ REWARD_MODELS: dict[str, Callable[[Any, torch.device | None], Any]] = {
 }
 
 
-def load_reward_model(section: RewardModelConfig, device: torch.device | None = None) -> Any:
-    """The reward model that `section.model_type` names, ready to score."""
+def load_reward_model(
+    section: RewardModelConfig, api: ApiConfig | None = None, device: torch.device | None = None
+) -> Any:
+    """The reward model that `section.model_type` names, ready to score; with `api` it is asked elsewhere."""
+    if api is not None:
+        return load_served(section, api)
     return REWARD_MODELS[section.model_type](section, device)

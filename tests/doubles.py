@@ -177,7 +177,7 @@ def window_config(
 
 def use_fake_trend_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every reward client that is made in this process from now on asks a `FakeTrendModel`."""
-    monkeypatch.setattr(reward_client, "load_reward_model", lambda _: FakeTrendModel())
+    monkeypatch.setattr(reward_client, "load_reward_model", lambda *_: FakeTrendModel())
 
 
 def reward_config(**changes) -> RewardConfig:
@@ -189,13 +189,13 @@ def reward_config(**changes) -> RewardConfig:
 REAL_WORKER = reward_client._reward_worker
 
 
-def fake_reward_worker(connection, model_cfg) -> None:
+def fake_reward_worker(connection, model_cfg, api) -> None:
     """What the spawned worker runs: the real loop around a `FakeModel`."""
-    reward_client.load_reward_model = lambda _: FakeModel()
-    REAL_WORKER(connection, model_cfg)
+    reward_client.load_reward_model = lambda *_: FakeModel()
+    REAL_WORKER(connection, model_cfg, api)
 
 
 def use_fake_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every reward client that is made from now on asks a `FakeModel`, in this process or in a worker."""
-    monkeypatch.setattr(reward_client, "load_reward_model", lambda _: FakeModel())
+    monkeypatch.setattr(reward_client, "load_reward_model", lambda *_: FakeModel())
     monkeypatch.setattr(reward_client, "_reward_worker", fake_reward_worker)

@@ -167,7 +167,7 @@ def test_missing_checkpoint_is_a_complaint_to_the_user(placement, tmp_path):
 
 
 def client_with_meta(monkeypatch, meta: dict, **changes) -> RewardClient:
-    monkeypatch.setattr(reward_client, "load_reward_model", lambda _: FakeModel(meta=meta))
+    monkeypatch.setattr(reward_client, "load_reward_model", lambda *_: FakeModel(meta=meta))
     return RewardClient(reward_config(**changes))
 
 
