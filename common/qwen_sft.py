@@ -1,15 +1,86 @@
 """Teaching a Qwen3-VL to answer: which weights learn, and what a wrong answer costs."""
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-NO_LABEL = -100  # in `labels`: not a token of the answer
+from common.history import HistoryBufferConfig
+from common.prompts import INPUT_BUILDERS, InputBuilderParams, look_up, make_parser
+from common.qwen_inputs import NO_LABEL, QwenInputs
+from common.qwen_reward import HistoryVLMRewardConfig, HistoryVLMRewardModel, load_base
+from common.windows import WindowSet
+
 # The language model's linears alone. Not lm_head: it shares its weights with the embedding, and an adapter on
 # it gives other numbers once it is merged.
 LANGUAGE_LINEARS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+
+
+@dataclass
+class ModelConfig:
+    model_type: Literal["qwen3_vl"] = "qwen3_vl"
+    model_path: str | None = None  # folder of a Qwen3-VL, or of one that this script trained whole
+    attn_implementation: Literal["auto", "flash_attention_2", "sdpa", "eager"] = "auto"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on a GPU; learning weights stay fp32
+    device: str = "auto"
+    is_lora: bool = True  # false: all weights learn
+    lora_rank: int = 16
+    lora_alpha: int = 32
+    lora_dropout: float = 0.0
+    lora_vision: bool = False  # adapters in the vision tower too
+    gradient_checkpointing: bool = False  # a third more time, far less memory
+    infer_micro_batch_size: int = 64  # windows scored at once in validation
+
+    def __post_init__(self):
+        if self.lora_rank < 1:
+            raise ValueError(f"lora_rank must be at least 1, got {self.lora_rank}")
+
+
+class Pupil:
+    """The model that learns, how questions reach it, and the online scorer around it."""
+
+    def __init__(self, section: ModelConfig, windows: WindowSet, device: torch.device):
+        """Raises UserError where `section.model_path` is no complete Qwen3-VL."""
+        # Weights that learn are fp32: a step of AdamW is often too small for bf16 to show. Base weights below
+        # an adapter stay as they are, so that they may be bf16.
+        self.computes_in_bf16 = section.precision == "bf16" or (
+            section.precision == "auto" and device.type == "cuda"
+        )
+        reads_bf16 = self.computes_in_bf16 and section.is_lora
+        scorer_cfg = scorer_config(section, windows, "bf16" if reads_bf16 else "fp32")
+        self.model, self.processor = load_base(scorer_cfg, device)
+        if section.is_lora:
+            rank, alpha, dropout = section.lora_rank, section.lora_alpha, section.lora_dropout
+            self.model = add_lora(self.model, rank, alpha, dropout, section.lora_vision)
+        else:
+            self.model.requires_grad_(True)
+        if section.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        builder = look_up(scorer_cfg.input_builder_name, INPUT_BUILDERS, "input_builder_name")
+        self.inputs = QwenInputs(
+            self.processor, builder, windows.views, windows.window_size, windows.template
+        )
+        parser = make_parser(scorer_cfg.reward_parser_name, scorer_cfg.reward_parser_params)
+        self.scorer = HistoryVLMRewardModel(scorer_cfg, self.model, self.inputs, parser, {})
+        self.device = device
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.computes_in_bf16)
+
+
+def scorer_config(section: ModelConfig, windows: WindowSet, precision: str) -> HistoryVLMRewardConfig:
+    """`reward.model` of the RL run that will use what is trained here."""
+    buffer = HistoryBufferConfig(history_size=windows.window_size, history_keys=list(windows.views))
+    return HistoryVLMRewardConfig(
+        model_path=section.model_path,
+        precision=precision,
+        attn_implementation=section.attn_implementation,
+        infer_micro_batch_size=section.infer_micro_batch_size,
+        input_builder_params=InputBuilderParams(template=windows.template),
+        history_buffers={"history_window": buffer},
+    )
 
 
 def add_lora(model: nn.Module, rank: int, alpha: int, dropout: float, vision: bool) -> nn.Module:

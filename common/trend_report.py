@@ -135,11 +135,11 @@ CONTROLS = [
     Control("reversed", "far below normal", played_backwards),
     Control("shuffled frames", "below normal", shuffled),
     Control("frozen (last frame)", "none called positive", frozen),
-    Control("first and last frame", "as normal: the label is their difference", first_and_last),
+    Control("first and last frame", "near normal: the label is their difference", first_and_last),
     Control("views swapped", "below normal", views_swapped),
     Control("main view black", "below normal where this view counts", blacked_out("main_images")),
     Control("extra view black", "below normal where this view counts", blacked_out("extra_view_images")),
-    Control("no task text", "as normal with one task, below it with several", blank_task=True),
+    Control("no task text", "shows whether the task is read", blank_task=True),
 ]
 
 

@@ -7,6 +7,7 @@ import pytest
 import collect
 import rl_train
 import train_resnet
+import train_vlm
 from common import config
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -16,9 +17,13 @@ SETTINGS = {
     "demo_resnet": train_resnet.TrainConfig,
     "demo_rl": rl_train.Config,
     "demo_trend_collect": collect.Config,
+    "demo_trend_rl": rl_train.Config,
+    "demo_trend_vlm": train_vlm.TrainConfig,
     "maniskill_ppo_mlp_qwentrend_collect": rl_train.Config,
+    "maniskill_ppo_mlp_qwentrend_reward": rl_train.Config,
     "maniskill_ppo_mlp_resnet_reward": rl_train.Config,
     "maniskill_sac_mlp_resnet_reward_async": rl_train.Config,
+    "qwen3vl_sft_qwentrend": train_vlm.TrainConfig,
     "reward_training": train_resnet.TrainConfig,
 }
 
@@ -29,7 +34,8 @@ def test_every_config_is_known_here():
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_config_loads_and_is_written_back(name, tmp_path):
+def test_config_loads_and_is_written_back(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("DUALVIEW_SFT_DATA_ROOT", "data")
     cfg = config.from_yaml(SETTINGS[name], CONFIGS / f"{name}.yaml")
     config.save(cfg, tmp_path / "config.yaml")
     assert config.from_yaml(SETTINGS[name], tmp_path / "config.yaml") == cfg

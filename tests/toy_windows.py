@@ -40,8 +40,12 @@ def write_windows(
     labels: tuple[str, ...] = LABELS,
     task: str = TASK,
     template: str = TEMPLATE,
+    mirrored: bool = False,
 ) -> Path:
-    """Labels take turns; every fourth window is said to be a reversed one where it is negative."""
+    """Labels take turns; every fourth window is said to be a reversed one where it is negative.
+
+    `mirrored`: the first camera sees right as left, so that the same motion has the other label.
+    """
     counts: dict[str, dict] = {}
     for split, num in (("train", num_train), ("eval", num_eval)):
         rng = np.random.default_rng(num)
@@ -50,6 +54,8 @@ def write_windows(
         for index in range(num):
             label = labels[index % len(labels)]
             frames = draw_window(rng, LABELS.index(label), size, num_frames)
+            if mirrored:
+                frames["main_frames"] = [frame[:, ::-1].copy() for frame in frames["main_frames"]]
             path = f"{split}/pkl/{label}_{index:06d}.pkl"
             (folder / path).write_bytes(pickle.dumps({**frames, "label": label, "score": 0.0}))
             reverse = label == "negative" and index % 4 == 0
