@@ -1,8 +1,9 @@
 """Qwen3-VL's vision tower with fewer, larger steps: the same numbers from the same weights.
 
-transformers runs one attention call per temporal patch of each video and layer (thousands per batch), and
-cuts patches by a Conv3d whose kernel is its stride. Here one call serves all segments of a length, and the
-convolution is the matrix product that it amounts to. Both keep gradients and leave the state dict alone.
+transformers runs one attention call per temporal patch of each video and layer (thousands per batch),
+embeds patches by a Conv3d whose kernel is its stride, and works out positions video by video. Here one call
+serves all segments of a length, the convolution is the matrix product that it amounts to, and videos of one
+size count as one long one. All keep gradients and leave the state dict alone.
 """
 
 import types
@@ -16,10 +17,21 @@ def use_fast_vision(model: nn.Module) -> None:
     """Change the model's vision tower in place. Attention stays as it is where flash attention runs it: that
     takes segments of any length in one call already."""
     tower = model.model.visual
+    tower.register_forward_pre_hook(_join_videos, with_kwargs=True)
     tower.patch_embed.forward = types.MethodType(_embed_patches, tower.patch_embed)
     if tower.config._attn_implementation == "sdpa":
         for block in tower.blocks:
             block.attn.forward = types.MethodType(_attend, block.attn)
+
+
+def _join_videos(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Videos of one height and width as a single one: the tower has no notion of time, each temporal patch
+    attends within itself and has the positions of a picture."""
+    grid = kwargs["grid_thw"]
+    if (grid[:, 1:] == grid[0, 1:]).all():
+        joined = torch.cat([grid[:, 0].sum()[None], grid[0, 1:]])[None]
+        return args, {**kwargs, "grid_thw": joined}
+    return args, kwargs
 
 
 def _embed_patches(self, hidden_states: Tensor) -> Tensor:

@@ -143,20 +143,18 @@ class _Qwen:
         return torch.cat(out)
 
     def _generate(self, frames: dict[str, Tensor], tasks: list[str]) -> list[str]:
-        inputs = self._on_device(self.inputs.questions(frames, tasks))
+        inputs = self._questions(frames, tasks)
+        del inputs["position_ids"]  # generate makes its own, step by step
         sampling = {"do_sample": True, "temperature": self.cfg.temperature} if self.cfg.do_sample else {}
         greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         tokens = self.model.generate(**inputs, max_new_tokens=self.cfg.max_new_tokens, **(sampling or greedy))
         answers = tokens[:, inputs["input_ids"].shape[1] :]
         return self.inputs.tokenizer.batch_decode(answers, skip_special_tokens=True)
 
-    def _on_device(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        inputs = {name: value.to(self.device) for name, value in inputs.items()}
-        dtype = next(self.model.parameters()).dtype
-        for name in ("pixel_values", "pixel_values_videos"):
-            if name in inputs:
-                inputs[name] = inputs[name].to(dtype)
-        return inputs
+    def _questions(self, frames: dict[str, Tensor], tasks: list[str]) -> dict[str, Tensor]:
+        # frames travel as bytes and are cut into patches over there
+        on_device = {view: images.to(self.device, non_blocking=True) for view, images in frames.items()}
+        return self.inputs.questions(on_device, tasks)
 
 
 class HistoryVLMRewardModel(_Qwen):
@@ -207,7 +205,7 @@ class HistoryVLMRewardModel(_Qwen):
         return label_prob
 
     def _label_prob(self, frames: dict[str, Tensor], tasks: list[str]) -> Tensor:
-        inputs = self._on_device(self.inputs.questions(frames, tasks))
+        inputs = self._questions(frames, tasks)
         logits = self.model(**inputs, logits_to_keep=1, use_cache=False).logits[:, -1].float()
         return logits.log_softmax(1)[:, self.label_tokens.to(logits.device)].exp().cpu()
 
