@@ -10,16 +10,12 @@ val holds successes whenever two episodes do. Train is cut to `--fail-success-ra
 stays as it is, because precision and false positives mean something only at the prevalence that a policy will
 meet (`--balance-val` cuts it as well, as RLinf does).
 
-The episodes are read twice, first for their labels, then for the frames chosen. So memory holds a few of
-them, however many there are.
+The episodes are read twice, first for their labels, then for the frames chosen: common/preprocessing.py.
 """
 
 import argparse
-import collections
 import contextlib
 import json
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,9 +23,11 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from common import preprocessing
 from common.episodes import VIEWS, frame_labels, list_episodes, read_episode, read_frames
 from common.files import atomic_write, to_json
 from common.payload import PayloadFile
+from common.preprocessing import check_alike, keep_freed_memory, map_in_order, split_episodes
 from common.runtime import UserError, run_script, versions
 
 # -----------------------------------------------------------------------------------------------------------
@@ -118,29 +116,11 @@ def read_outline(path: Path, view: str, label: str) -> Outline | UserError:
 
 
 def survey(paths: list[Path], args: argparse.Namespace) -> tuple[list[Outline], list[str]]:
-    """Outlines of usable episodes, complaints about the others. Without `--skip-bad` the first one raises."""
-    outlines, bad = [], []
+    """Outlines of usable episodes, which look alike, and complaints about the others."""
     read = partial(read_outline, view=args.view, label=args.label)
-    results = map_in_order(read, paths, args.num_workers)
-    for result in tqdm(results, "labels", len(paths), unit="ep", disable=None):
-        if isinstance(result, Outline):
-            outlines.append(result)
-        elif args.skip_bad:
-            bad.append(str(result))
-        else:
-            raise UserError(f"{result}. Mend or remove the file, or go on without it: --skip-bad")
-    if not outlines:
-        raise UserError(f"no usable episode in {args.raw_data_path}; the first of {len(bad)}: {bad[0]}")
-    first = outlines[0]
-    for other in outlines[1:]:
-        for what, a, b in (
-            ("image sizes", first.image_shape, other.image_shape),
-            ("cameras ('render')", first.render, other.render),
-        ):
-            if a != b:
-                raise UserError(
-                    f"{what} differ, preprocess them apart: {first.path} has {a}, {other.path} has {b}"
-                )
+    outlines, bad = preprocessing.survey(read, paths, args.skip_bad, args.num_workers)
+    traits = {"image sizes": lambda o: o.image_shape, "cameras ('render')": lambda o: o.render}
+    check_alike(outlines, traits)
     return outlines, bad
 
 
@@ -177,18 +157,6 @@ def list_frames(outlines: list[Outline], num_samples: int, keep_last_frame: bool
     labels = [outline.labels[chosen] for outline, chosen in zip(outlines, times, strict=True)]
     episode = np.repeat(np.arange(len(outlines)), [len(chosen) for chosen in times])
     return Frames(episode, np.concatenate(times), np.concatenate(labels))
-
-
-def split_episodes(has_success: np.ndarray, val_split: float, rng: np.random.Generator) -> np.ndarray:
-    """(num_episodes,) bool, true for val: the same fraction of episodes with and without success.
-
-    Each of these two groups gives at least one episode to either side, if it has two.
-    """
-    is_val = np.zeros(len(has_success), dtype=bool)
-    for group in (np.flatnonzero(has_success), np.flatnonzero(~has_success)):
-        num_val = min(max(1, round(len(group) * val_split)), len(group) - 1)
-        is_val[rng.permutation(group)[: max(0, num_val)]] = True
-    return is_val
 
 
 def cut_fails(frames: Frames, ratio: float, rng: np.random.Generator) -> Frames:
@@ -297,25 +265,6 @@ def write(
             file.finish(chosen[split].label.astype(int).tolist(), {"split": split, **metadata})
 
 
-def map_in_order(function: Callable, items: Iterable, num_threads: int) -> Iterator:
-    """`map(function, items)` in threads, with at most two results per thread waiting.
-
-    Threads, because what can be saved is waiting for the disk, and frames would have to be copied out of
-    processes. One thread is this one: another would only pass the interpreter lock to and fro.
-    """
-    if num_threads == 1:
-        yield from map(function, items)
-        return
-    with ThreadPoolExecutor(num_threads) as pool:
-        waiting = collections.deque()
-        for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) > 2 * num_threads:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-
-
 # -----------------------------------------------------------------------------------------------------------
 
 
@@ -331,15 +280,6 @@ def print_table(metadata: dict, num_files: int, args: argparse.Namespace) -> Non
         print(f"skipped: {complaint}")
     if metadata["skipped"]:
         print(f"skipped {len(metadata['skipped'])} of {num_files} files")
-
-
-def keep_freed_memory() -> None:
-    """Let the memory of one episode serve the next, which glibc would give back to the system in between.
-
-    How much it keeps follows the largest block freed so far (mallopt(3), "dynamic mmap threshold"). Without
-    this, page faults cost 40 % of the run. With another libc it does nothing.
-    """
-    np.empty(16 * 2**20, dtype=np.uint8)
 
 
 def main() -> None:

@@ -16,7 +16,8 @@
   and rate). Only ever compared for equality.
 
 We write numpy arrays, `extra_view_images` as (1, H, W, 3), always T+1 entries. We also read what RLinf writes
-and has written: torch tensors, 0-d or 1-element values for scalars, lists without the reset entry (T each).
+and has written: torch tensors, 0-d or 1-element values for scalars, lists without the reset entry (T each),
+`third_view_images`, which then is the extra view.
 
 **Frame label** (`frame_labels`): `infos[t]["success"]`; where that is missing,
 `infos[t]["episode"]["success_once"]`; where both are missing, and for the reset frame, fail.
@@ -199,7 +200,10 @@ class _Record:
 
     def image(self, index: int, view: str) -> np.ndarray | None:
         """(H, W, 3) uint8, or None if the observation has no such view."""
-        image = self.observations[index].get(view)
+        observation = self.observations[index]
+        image = observation.get(view)
+        if view == "extra_view_images":
+            image = observation.get("third_view_images", image)
         if image is None:
             return None
         image = np.asarray(image)

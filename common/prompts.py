@@ -13,13 +13,13 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from common.runtime import UserError
 from common.trend import LABELS
+
+if TYPE_CHECKING:  # preprocessing needs the prompt alone, and importing torch costs 0.5 GB and seconds
+    from torch import Tensor
 
 INVALID = -1  # in place of a label: the answer was none of them
 
@@ -117,15 +117,15 @@ class QwenTrendRewardParser:
             return INVALID
         return self.labels.index(found.pop())
 
-    def reward(self, label_prob: Tensor) -> Tensor:
+    def reward(self, label_prob: "Tensor") -> "Tensor":
         """(M,) float32 of label_prob (M, 3), rows of zeros standing for an invalid answer."""
-        worth = torch.tensor([self.positive_reward, self.negative_reward, self.unclear_reward])
+        worth = label_prob.new_tensor([self.positive_reward, self.negative_reward, self.unclear_reward])
         label = likeliest(label_prob)
         if self.expected_value:
             value = (label_prob / label_prob.sum(1, keepdim=True).clamp(min=1e-12)) @ worth
         else:
             value = worth[label.clamp(min=0)]
-        return torch.where(label == INVALID, self.invalid_reward, value)
+        return value.where(label != INVALID, self.invalid_reward)
 
 
 @dataclass
@@ -152,9 +152,9 @@ REWARD_PARSERS: dict[str, type] = {
 }
 
 
-def likeliest(label_prob: Tensor) -> Tensor:
+def likeliest(label_prob: "Tensor") -> "Tensor":
     """(M,) int64 index of the likeliest label of (M, L); INVALID for a row of zeros."""
-    return torch.where(label_prob.sum(1) > 0, label_prob.argmax(1), INVALID)
+    return label_prob.argmax(1).where(label_prob.sum(1) > 0, INVALID)
 
 
 def make_parser(name: str, params: dict[str, Any]) -> Any:

@@ -14,6 +14,7 @@ within +- `delta_threshold`. Windows and labels follow RLinf's QwenTrend; the sc
 episode should reach the whole range of the score, or crawling, just fast enough to be positive, is paid best.
 """
 
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -23,6 +24,9 @@ from common.runtime import UserError
 
 LABELS = ("positive", "negative", "unclear")
 POSITIVE, NEGATIVE, UNCLEAR = range(3)
+
+FRAME_KEYS = {"main_images": "main_frames", "extra_view_images": "extra_view_frames"}  # view -> key in a file
+REVERSED = "reverse_positive"  # `augmentation` of a positive window that is played backwards as a negative
 
 ScoreSource = Literal["auto", "gae", "success_distance", "rewards"]
 
@@ -92,3 +96,69 @@ def window_labels(
     if num_tail:
         labels[-num_tail:] = UNCLEAR
     return labels
+
+
+# ----------------------------------------------------------------------------------------------------
+# Many windows
+
+
+@dataclass
+class Windows:
+    """Windows named by episode (index) and first frame, in that order."""
+
+    episode: np.ndarray  # (n,) int
+    start: np.ndarray  # (n,) int
+    label: np.ndarray  # (n,) int, index into LABELS
+    reversed: np.ndarray  # (n,) bool, played backwards
+
+    def __len__(self) -> int:
+        return len(self.episode)
+
+    def __getitem__(self, chosen: np.ndarray) -> "Windows":
+        return Windows(self.episode[chosen], self.start[chosen], self.label[chosen], self.reversed[chosen])
+
+    def count(self) -> dict[str, dict[str, int]]:
+        """Source -> label -> number of windows."""
+        return {
+            source: {
+                name: int(((self.label == label) & (self.reversed == backwards)).sum())
+                for label, name in enumerate(LABELS)
+            }
+            for source, backwards in (("natural", False), ("reversed", True))
+        }
+
+
+def list_windows(
+    scores: list[np.ndarray],
+    window_size: int,
+    stride: int,
+    num_samples: int,
+    keep_last: bool,
+    delta_threshold: float,
+    tail_unclear_ratio: float,
+) -> Windows:
+    """All natural windows of episodes with these scores (T+1,): `window_starts` and `window_labels`."""
+    starts = [window_starts(len(score), window_size, stride, num_samples, keep_last) for score in scores]
+    labels = [
+        window_labels(score, start, window_size, delta_threshold, tail_unclear_ratio)
+        for score, start in zip(scores, starts, strict=True)
+    ]
+    episode = np.repeat(np.arange(len(scores)), [len(start) for start in starts])
+    start = np.concatenate(starts)
+    return Windows(episode, start, np.concatenate(labels), np.zeros(len(start), dtype=bool))
+
+
+def with_reversed(windows: Windows) -> Windows:
+    """Each positive window followed by its copy that plays backwards, a negative one."""
+    index = np.repeat(np.arange(len(windows)), 1 + (windows.label == POSITIVE))
+    is_copy = np.append(False, index[1:] == index[:-1])
+    out = windows[index]
+    return replace(out, label=np.where(is_copy, NEGATIVE, out.label), reversed=is_copy)
+
+
+def cut(windows: Windows, balance: bool, cap: int | None, rng: np.random.Generator) -> Windows:
+    """At most `cap` windows of each label, and `balance`: as many as of the rarest that there is."""
+    counts = np.bincount(windows.label, minlength=len(LABELS))
+    most = min(cap or len(windows), counts[counts > 0].min() if balance else len(windows))
+    kept = [rng.permutation(np.flatnonzero(windows.label == label))[:most] for label in range(len(LABELS))]
+    return windows[np.sort(np.concatenate(kept))]

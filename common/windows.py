@@ -19,13 +19,7 @@ from common.files import load_json, load_pickle
 from common.frames import Deck, random_shift
 from common.prompts import fill, template_of
 from common.runtime import UserError
-from common.trend import LABELS
-
-FRAME_KEYS = {
-    "main_images": "main_frames",
-    "extra_view_images": "extra_view_frames",
-}  # view -> key in a pickle
-REVERSED = "reverse_positive"  # `augmentation` of a positive window that is played backwards as a negative
+from common.trend import FRAME_KEYS, LABELS, REVERSED
 
 
 @dataclass

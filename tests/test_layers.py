@@ -26,7 +26,18 @@ LEVELS = [
         "ranks",
     ],
     # 1 data and pure functions
-    ["episodes", "payload", "frames", "trend", "prompts", "history", "rewards", "metrics", "windows"],
+    [
+        "episodes",
+        "payload",
+        "frames",
+        "trend",
+        "prompts",
+        "history",
+        "rewards",
+        "metrics",
+        "windows",
+        "preprocessing",
+    ],
     # 2 things with weights
     [
         "nets",

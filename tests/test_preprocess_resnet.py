@@ -223,7 +223,7 @@ def test_bad_episode_is_named_or_skipped(raw, capsys):
 def test_only_bad_episodes(tmp_path):
     (tmp_path / "raw").mkdir()
     (tmp_path / "raw" / "empty.pkl").touch()
-    refuse(tmp_path / "raw", r"no usable episode in .*raw; the first of 1: .*empty\.pkl", "--skip-bad")
+    refuse(tmp_path / "raw", r"none of the 1 episodes is of use; the first: .*empty\.pkl", "--skip-bad")
 
 
 def test_no_episodes(tmp_path):
