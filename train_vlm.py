@@ -46,7 +46,7 @@ from common.trend_report import (
     score_windows,
     trend_metrics,
 )
-from common.windows import WindowIndices, WindowSet, check_windows, shifted
+from common.windows import WindowIndices, WindowSet, check_windows, shifted, some_reversed
 
 NUM_GOLDEN = 4  # validation windows kept in the checkpoint: so many of the least decided, so many of the most
 
@@ -65,12 +65,15 @@ class DataConfig:
     video_nframes: int = 5  # frames per window, the window_size of preprocessing
     balance_labels: bool | None = True  # draw each label equally often; false: as in the data
     frames: Literal["all", "last"] = "all"  # last: a control that cannot see motion
+    random_reverse: float = 0.0  # share of training windows played backwards, their labels turned round
     random_shift: int = 0  # pixels that a training window moves each way, views apart
     cache_gb: float = 8.0  # of frames in memory, per set; the rest is read from the disk each time
 
     def __post_init__(self):
         if self.random_shift < 0:
             raise ValueError(f"random_shift must be at least 0, got {self.random_shift}")
+        if not 0 <= self.random_reverse <= 1:
+            raise ValueError(f"random_reverse must be in [0, 1], got {self.random_reverse}")
 
 
 @dataclass
@@ -150,8 +153,9 @@ def train(cfg: TrainConfig, ranks: Ranks) -> None:
                 # every rank draws for all of them and keeps its own, so that no window is drawn twice
                 indices = [batches.draw(actor.micro_batch_size) for _ in range(ranks.size)][ranks.rank]
                 frames = to_device(train_set.windows(indices), ranks.device)
+                frames, classes = some_reversed(frames, train_set.labels[indices], cfg.data.random_reverse)
                 frames = shifted(frames, cfg.data.random_shift)
-                answers = [LABELS[label] for label in train_set.labels[indices]]
+                answers = [LABELS[label] for label in classes]
                 lessons, labels = pupil.inputs.lessons(frames, train_set.tasks_of(indices), answers)
                 lessons, labels = to_device(lessons, ranks.device), labels.to(ranks.device)
                 with ranks.exchange_gradients(learner, now=micro == num_micro - 1):

@@ -24,6 +24,7 @@ from common.runtime import UserError
 
 LABELS = ("positive", "negative", "unclear")
 POSITIVE, NEGATIVE, UNCLEAR = range(3)
+OPPOSITE = np.array([NEGATIVE, POSITIVE, UNCLEAR])  # of a window that is played backwards
 
 FRAME_KEYS = {"main_images": "main_frames", "extra_view_images": "extra_view_frames"}  # view -> key in a file
 REVERSED = "reverse_positive"  # `augmentation` of a positive window that is played backwards as a negative

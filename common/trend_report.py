@@ -15,10 +15,8 @@ from torch import Tensor
 
 from common.report import STYLE, save_figure
 from common.runtime import UserError
-from common.trend import LABELS, NEGATIVE, POSITIVE, UNCLEAR
+from common.trend import LABELS, OPPOSITE
 from common.windows import Frames, WindowSet, frozen
-
-FLIPPED = np.array([NEGATIVE, POSITIVE, UNCLEAR])  # label -> that of the window played backwards
 
 
 class Scorer(Protocol):
@@ -159,7 +157,7 @@ def report_card(
         prob = score_windows(model, windows, indices, control.change, control.blank_task)
         rows.append(_row(control.name, control.expected, prob, label))
         if control.change is played_backwards:
-            rows.append(_row("reversed, labels flipped", "near normal", prob, FLIPPED[label]))
+            rows.append(_row("reversed, labels flipped", "near normal", prob, OPPOSITE[label]))
     commonest = np.bincount(label, minlength=len(LABELS)).argmax()
     always = np.eye(len(LABELS), dtype=np.float32)[np.full(len(label), commonest)]
     rows.append(_row(f"always {LABELS[commonest]}", "the floor", always, label))

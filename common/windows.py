@@ -19,7 +19,7 @@ from common.files import load_json, load_pickle
 from common.frames import Deck, random_shift
 from common.prompts import fill, template_of
 from common.runtime import UserError
-from common.trend import FRAME_KEYS, LABELS, REVERSED
+from common.trend import FRAME_KEYS, LABELS, OPPOSITE, REVERSED
 
 
 @dataclass
@@ -283,6 +283,20 @@ Frames = dict[str, Tensor]  # view -> (B, K, H, W, 3) uint8
 def frozen(frames: Frames) -> Frames:
     """The last frame all the time: nothing moves, and only where things stand can be seen."""
     return {view: images[:, -1:].expand_as(images) for view, images in frames.items()}
+
+
+def some_reversed(frames: Frames, labels: np.ndarray, share: float) -> tuple[Frames, np.ndarray]:
+    """About `share` of the windows played backwards, and their labels (B,) turned round: what comes closer
+    loses ground, and unclear stays. Right where the label is a difference of the first and the last frame."""
+    backwards = np.flatnonzero(torch.rand(len(labels)).numpy() < share)
+    if not len(backwards):
+        return frames, labels
+    turned = {view: images.clone() for view, images in frames.items()}
+    for images in turned.values():
+        images[backwards] = images[backwards].flip(1)
+    labels = labels.copy()
+    labels[backwards] = OPPOSITE[labels[backwards]]
+    return turned, labels
 
 
 def shifted(frames: Frames, pixels: int) -> Frames:

@@ -17,6 +17,7 @@ SETTINGS = {
     "demo_resnet": train_resnet.TrainConfig,
     "demo_rl": rl_train.Config,
     "demo_trend_collect": collect.Config,
+    "demo_trend_oracle": rl_train.Config,
     "demo_trend_rl": rl_train.Config,
     "demo_trend_vlm": train_vlm.TrainConfig,
     "maniskill_ppo_mlp_qwentrend_collect": rl_train.Config,
@@ -66,6 +67,25 @@ def test_the_demo_learns_from_the_learned_reward_alone():
     assert learned.reward.use_reward_model
     assert learned.reward.reward_mode == "terminal"
     assert (learned.reward.env_reward_weight, learned.reward.reward_weight) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize("name", ["demo_trend_rl", "demo_trend_oracle"])
+def test_the_trend_demo_fits_together(name):
+    collected = config.from_yaml(collect.Config, CONFIGS / "demo_trend_collect.yaml")
+    trained = config.from_yaml(train_vlm.TrainConfig, CONFIGS / "demo_trend_vlm.yaml")
+    learned = config.from_yaml(rl_train.Config, CONFIGS / f"{name}.yaml")
+    assert learned.algorithm.prior_data == f"{collected.runner.logger.log_path}/collected_data"
+    if name == "demo_trend_rl":
+        assert learned.reward.model.model_path == f"{trained.runner.logger.log_path}/checkpoint"
+    for key in ("task", "max_episode_steps", "control_freq", "observe_time", "control_mode", "cameras"):
+        recorded = vars(collected.env.eval)[key]
+        assert vars(learned.env.train)[key] == vars(learned.env.eval)[key] == recorded
+    (buffer,) = learned.reward.model.history_buffers.values()
+    assert buffer.history_size == trained.data.video_nframes
+    # the learned reward alone pays
+    assert learned.reward.reward_mode == "history_buffer"
+    assert (learned.reward.env_reward_weight, learned.reward.reward_weight) == (0.0, 1.0)
+    assert learned.reward.model.gt_success_bonus == 0.0
 
 
 def test_the_collecting_config_keeps_the_guides_values():

@@ -11,8 +11,8 @@ import torch
 from toy_windows import TASK, write_windows
 
 from common.runtime import UserError
-from common.trend import NEGATIVE, POSITIVE
-from common.windows import WindowIndices, WindowSet, check_windows, frozen, shifted
+from common.trend import NEGATIVE, POSITIVE, UNCLEAR
+from common.windows import WindowIndices, WindowSet, check_windows, frozen, shifted, some_reversed
 
 
 @pytest.fixture
@@ -238,3 +238,20 @@ def test_a_shift_moves_all_frames_of_a_window_alike():
     assert len(shifts) > 10
     same = {"main_images": window[None]}
     assert shifted(same, 0) is same
+
+
+def test_windows_played_backwards_have_the_opposite_label():
+    torch.manual_seed(0)
+    frames = {"main_images": torch.arange(90, dtype=torch.uint8).view(30, 3, 1, 1, 1).expand(30, 3, 1, 1, 3)}
+    labels = np.array([POSITIVE, NEGATIVE, UNCLEAR] * 10)
+    turned, new = some_reversed(frames, labels, 0.5)
+    backwards = (turned["main_images"][:, 0] > turned["main_images"][:, -1]).flatten(1).all(1).numpy()
+    assert 5 < backwards.sum() < 25
+    expected = np.array([NEGATIVE, POSITIVE, UNCLEAR] * 10)
+    assert new.tolist() == np.where(backwards, expected, labels).tolist()
+    kept = torch.from_numpy(~backwards)
+    assert torch.equal(turned["main_images"][kept], frames["main_images"][kept])
+    assert torch.equal(turned["main_images"][~kept], frames["main_images"][~kept].flip(1))
+    assert labels.tolist() == [POSITIVE, NEGATIVE, UNCLEAR] * 10  # those of the set stay as they are
+    same, unchanged = some_reversed(frames, labels, 0.0)
+    assert same is frames and unchanged is labels
