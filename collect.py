@@ -88,11 +88,12 @@ class ScriptedPolicy(PolicyConfig):
     turn_after: tuple[float, float] = (0.2, 0.6)  # fraction of the episode, anew for each turn
     speed: tuple[float, float] = (1.0, 1.0)  # times the expert's
     goal_offset_m: tuple[float, float] = (0.0, 0.0)  # aims so far beside the goal, in a random direction
+    object_offset_m: tuple[float, float] = (0.0, 0.0)  # takes the object to be so far aside, and misses it
     skip_object: bool = False  # brings an empty hand to the goal
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("turn_after", "speed", "goal_offset_m"):
+        for name in ("turn_after", "speed", "goal_offset_m", "object_offset_m"):
             check_range(name, getattr(self, name))
 
     @property
@@ -168,7 +169,8 @@ class Mix:
         n, self.action_dim = env.num_envs, spec.action_dim
         self.choice = torch.zeros(n, dtype=torch.long)  # which policy has the env now
         self.sd, self.stop_step, self.clock = torch.zeros(n), torch.zeros(n), torch.zeros(n)
-        self.goal_offset, self.skip_object = torch.zeros(n, 3), torch.zeros(n, dtype=torch.bool)
+        self.goal_offset, self.object_offset = torch.zeros(n, 3), torch.zeros(n, 3)
+        self.skip_object = torch.zeros(n, dtype=torch.bool)
         self.noise = torch.zeros(n, self.action_dim)
         self.first_obs = torch.zeros(n, spec.obs_dim)
         self.speed, self.turn_step = torch.ones(n), torch.zeros(n)
@@ -196,7 +198,7 @@ class Mix:
         if policy.motion == "wrong_way":
             action = expert.wrong_way(obs, self.first_obs)
         else:
-            action = expert.act(obs, self.goal_offset, self.skip_object)
+            action = expert.act(obs, self.goal_offset, self.object_offset, self.skip_object)
             action = torch.where(self.backwards[:, None], expert.back(obs, self.first_obs), action)
         action[:, :3] *= self.speed[:, None]
         return action
@@ -216,6 +218,9 @@ class Mix:
             if policy.name == "scripted":
                 direction = torch.randn(3, generator=self.rng)
                 self.goal_offset[i] = self._uniform(policy.goal_offset_m) * direction / direction.norm()
+                across = torch.randn(2, generator=self.motion_rng)
+                aside = self._uniform(policy.object_offset_m, self.motion_rng)
+                self.object_offset[i, :2] = aside * across / across.norm()
                 self.skip_object[i] = policy.skip_object
                 self.speed[i] = self._uniform(policy.speed, self.motion_rng)
                 if policy.motion in ("retreat", "oscillate"):

@@ -79,12 +79,13 @@ class ScriptedExpert:
             raise UserError(f"the scripted experts speak pd_ee_delta_pos, not {control_mode}")
         self.expert, self.away, self.layout = EXPERTS[task], AWAY[task], obs_layout
 
-    def act(self, obs: Tensor, goal_offset: Tensor, skip_object: Tensor) -> Tensor:
-        """obs (N, D) -> action (N, 4) in [-1, 1]. goal_offset (N, 3) in metres: aim beside the goal;
-        skip_object (N,) bool: bring an empty hand to the goal, over the object.
+    def act(self, obs: Tensor, goal_offset: Tensor, object_offset: Tensor, skip_object: Tensor) -> Tensor:
+        """obs (N, D) -> action (N, 4) in [-1, 1]. goal_offset and object_offset (N, 3) in metres: take goal
+        and object to be so far from where they are; skip_object (N,) bool: bring an empty hand to the goal,
+        over the object.
         """
         tcp, cube, goal, grasped = self._parts(obs)
-        aim = goal + goal_offset
+        aim, cube = goal + goal_offset, cube + object_offset
         target, gripper = self.expert(tcp, cube, aim, grasped)
         arrived = (tcp[:, :2] - aim[:, :2]).norm(dim=1) < 0.03
         straight = aim.clone()

@@ -65,7 +65,9 @@ def test_it_falls_while_an_expert_advances(task: str):
     obs, distances, succeeded = envs.reset(seed=3), [], False
     while not succeeded and len(distances) < 20:
         distances.append(float(success_distance(task, envs.spec.obs_layout, obs)))
-        step = envs.step(expert.act(obs, torch.zeros(1, 3), torch.zeros(1, dtype=torch.bool)))
+        step = envs.step(
+            expert.act(obs, torch.zeros(1, 3), torch.zeros(1, 3), torch.zeros(1, dtype=torch.bool))
+        )
         obs, succeeded = step.obs, bool(step.success)
     distances.append(float(success_distance(task, envs.spec.obs_layout, step.next_obs)))
     envs.close()

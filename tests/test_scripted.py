@@ -34,7 +34,7 @@ def test_expert_succeeds(task: str, num_steps: int, at_least: int):
     def num_successes(num_episodes: int, scale: float) -> int:
         obs, count = envs.reset(seed=11), 0
         while num_episodes:
-            step = envs.step(scale * expert.act(obs, no_offset, false))
+            step = envs.step(scale * expert.act(obs, no_offset, no_offset, false))
             obs = step.obs
             num_episodes -= int(step.done)
             count += int(step.terminated)
@@ -67,7 +67,7 @@ def test_first_motions_around_a_cube_at_the_origin(task: str, tcp: list[float], 
     goal = [0.2 if task == "PushCube-v1" else -0.2, 0.0, 0.0]
     obs = state(tcp, cube=[0.0, 0.0, 0.02], goal=goal)
     action = ScriptedExpert(task, "pd_ee_delta_pos", LAYOUT).act(
-        obs, torch.zeros(1, 3), torch.tensor([False])
+        obs, torch.zeros(1, 3), torch.zeros(1, 3), torch.tensor([False])
     )
     assert action.shape == (1, 4)
     assert action[0, :3].sign().tolist() == direction
@@ -79,9 +79,21 @@ def test_goal_offset_moves_the_end_of_the_push():
     obs = state([-0.021, 0.0, 0.03], cube=[0.0, 0.0, 0.02], goal=[0.03, 0.0, 0.0])
     expert = ScriptedExpert("PushCube-v1", "pd_ee_delta_pos", LAYOUT)
     none = torch.tensor([False])
-    forward = [expert.act(obs, torch.tensor([[x, 0.0, 0.0]]), none)[0, 0] for x in (0.0, 0.02)]
+    forward = [
+        expert.act(obs, torch.tensor([[x, 0.0, 0.0]]), torch.zeros(1, 3), none)[0, 0] for x in (0.0, 0.02)
+    ]
     # (0.03 - 0.02 + 0.021) m at 0.1 m per step, and 2 cm more
     assert [round(float(x), 3) for x in forward] == [0.31, 0.51]
+
+
+def test_an_object_offset_acts_as_if_the_object_stood_there():
+    expert = ScriptedExpert("PushCube-v1", "pd_ee_delta_pos", LAYOUT)
+    none, zeros = torch.tensor([False]), torch.zeros(1, 3)
+    obs = state([-0.1, 0.02, 0.1], cube=[0.0, 0.0, 0.02], goal=[0.2, 0.0, 0.0])
+    moved = state([-0.1, 0.02, 0.1], cube=[0.02, -0.05, 0.02], goal=[0.2, 0.0, 0.0])
+    aside = torch.tensor([[0.02, -0.05, 0.0]])
+    assert torch.equal(expert.act(obs, zeros, aside, none), expert.act(moved, zeros, zeros, none))
+    assert not torch.equal(expert.act(obs, zeros, aside, none), expert.act(obs, zeros, zeros, none))
 
 
 def test_skipping_the_object_goes_over_it_and_down_at_the_goal():
@@ -92,7 +104,9 @@ def test_skipping_the_object_goes_over_it_and_down_at_the_goal():
         ([0.2, 0.0, 0.12], [0.0, 0.0, -0.9]),  # there: down to 3 cm
     ):
         obs = state(tcp, cube=[0.0, 0.0, 0.02], goal=[0.2, 0.0, 0.0])
-        assert expert.act(obs, torch.zeros(1, 3), skip)[0, :3].tolist() == pytest.approx(action, abs=1e-6)
+        assert expert.act(obs, torch.zeros(1, 3), torch.zeros(1, 3), skip)[0, :3].tolist() == pytest.approx(
+            action, abs=1e-6
+        )
 
 
 @pytest.mark.parametrize("task", ["PushCube-v1", "PullCube-v1", "PickCube-v1"])
