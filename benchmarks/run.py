@@ -32,6 +32,7 @@ BENCHMARKS = {  # name -> module and function; each takes `quick` and returns ro
     "frame": ("stepping", "frame_rows"),
     "states": ("stepping", "states_rows"),
     "scoring": ("scoring", "rows"),
+    "qwen": ("qwen", "rows"),
     "preprocess": ("preprocess", "rows"),
 }
 
