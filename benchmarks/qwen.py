@@ -2,7 +2,7 @@
 
     python benchmarks/qwen.py [--quick] [--threads 1]
 
-The tiny Qwen3-VL of benchmarks/tiny_qwen.py, windows of 2 views x 5 frames of 64x64 (make demo-trend's), fp32.
+The tiny Qwen3-VL of benchmarks/tiny_qwen.py in fp32, windows of 2 views x 5 frames of 64x64 (the demo's).
 All sides have the same weights and windows and give one of the three labels for each:
 
 one forward  `HistoryVLMRewardModel.score` with `inference_mode: label_logits`.
@@ -12,7 +12,7 @@ plain        what one writes with transformers alone: its processor, its vision 
 
 The model learns for some seconds first, to name the colour of a square by a label: with random weights it
 says no label at all, and `generate` would never end its turn. So it stops after two tokens, label and end of
-turn, the least that it can take. One process, sides in turn, the median of five rounds after one that warms up.
+turn, the least that it can take. One process, sides in turn, the median of five rounds after a warm-up.
 """
 
 import argparse
