@@ -6,7 +6,7 @@
 
 In: the windows of preprocess_qwentrend.py (format: common/windows.py), and the folder of a Qwen3-VL.
 Out, in the run folder: `config.yaml`, `metrics.jsonl`, `checkpoint/` (a LoRA adapter, or the whole model;
-format: common/qwen_reward.py) and, at the end, the report card (`summary.json`, `confusion.png`,
+format: common/qwen_checkpoint.py) and, at the end, the report card (`summary.json`, `confusion.png`,
 `examples.png`).
 
 Validation asks the model as it will be asked online, on held-out windows that nobody reversed. `checkpoint/`
@@ -29,7 +29,7 @@ from tqdm import tqdm
 from common import config
 from common.files import new_run_dir, save_json
 from common.log import LoggerConfig, RunLog
-from common.qwen_reward import load_history_vlm, save_vlm
+from common.qwen_checkpoint import load_history_vlm, save_vlm
 from common.qwen_sft import ModelConfig, Pupil, answer_loss, scorer_config
 from common.ranks import Ranks
 from common.runtime import UserError, run_script, seed_everything, set_threads
@@ -269,8 +269,7 @@ class Judge:
         if keep:
             places.append(self.folder / "checkpoints" / f"step_{step:06d}")
         for place in places:
-            windows, scorer = self.val_set.windows(golden), pupil.scorer
-            save_vlm(place, pupil.model, pupil.processor, pupil.inputs, meta, windows, scorer.cfg)
+            save_vlm(place, pupil.scorer, meta, self.val_set.windows(golden))
         self.validating_s += time.monotonic() - before
         return self.early_stop.is_due(card)
 

@@ -31,8 +31,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.tiny_qwen import make_tiny_qwen
 from common.prompts import likeliest
+from common.qwen_checkpoint import load_history_vlm
 from common.qwen_inputs import VIDEO_FPS
-from common.qwen_reward import HistoryVLMRewardConfig, HistoryVLMRewardModel, load_history_vlm
+from common.qwen_reward import HistoryVLMRewardConfig, HistoryVLMRewardModel
 from common.scenes import TASK_DESCRIPTIONS
 from common.trend import LABELS
 

@@ -75,7 +75,7 @@ class QwenInputs:
         Texts are padded on the left, so that the answer begins at the same place in all of them. UserError
         where a view is missing or no uint8 RGB.
         """
-        _check(frames, self.views)
+        check_frames(frames, self.views)
         prompts = [self._prompt(task, frames) for task in tasks]
         return {**self._padded(prompts, frames), **self._pixels(frames, tasks)}
 
@@ -86,7 +86,7 @@ class QwenInputs:
 
         labels (B, S) int64: the tokens of answer + end of turn, at the end of each row, NO_LABEL before.
         """
-        _check(frames, self.views)
+        check_frames(frames, self.views)
         end = self.tokenizer.convert_tokens_to_ids("<|im_end|>")
         tails = {answer: [*self.answer_ids(answer), end] for answer in set(answers)}
         texts = [
@@ -256,7 +256,8 @@ def _sizes(frames: dict[str, Tensor], views: tuple[str, ...]) -> tuple:
     return tuple(tuple(frames[view].shape[1:4]) for view in views)
 
 
-def _check(frames: dict[str, Tensor], views: tuple[str, ...]) -> None:
+def check_frames(frames: dict[str, Tensor], views: tuple[str, ...]) -> None:
+    """UserError unless every view is there as (B, K, H, W, 3) uint8."""
     if missing := [view for view in views if view not in frames]:
         raise UserError(
             f"the reward model looks at {missing[0]}, which is not among the frames: {', '.join(frames)}"

@@ -4,42 +4,24 @@ A label is scored by **one forward pass**: the probability of each label's first
 answer begins. It needs no parser, nothing is invalid, and a sum of the three (the label mass) far below 1
 tells that the model would rather say something else. `generate` is there for parity with RLinf.
 
-**Checkpoint**: a folder that appears whole or not at all, written by train_vlm.py.
-- a PEFT adapter (`adapter_config.json`, `adapter_model.safetensors`), to be named by `lora_path` beside the
-  base model's `model_path`; or a whole model with its processor, to be named by `model_path`.
-- `reward.json`: `template` of the prompt, `input_builder_name`, `views`, `window`, `frame_size`, `labels`,
-  `base` (a hash of the base model's config), and what the trainer knows: cameras, labels' threshold, metrics.
-- `golden.safetensors`: a few windows and their label_prob in fp32, scored again at every load.
+Models are read from folders, and written to them, by common/qwen_checkpoint.py.
 """
 
-import hashlib
-import json
 import warnings
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from common.fast_vision import use_fast_vision
-from common.files import load_json, save_json, whole_folder
 from common.history import HistoryBufferConfig
-from common.prompts import (
-    INPUT_BUILDERS,
-    TEMPLATES,
-    TREND_TEMPLATE,
-    InputBuilderParams,
-    look_up,
-    make_parser,
-)
-from common.qwen_inputs import QwenInputs
-from common.runtime import UserError, pick_device
+from common.prompts import InputBuilderParams
+from common.qwen_inputs import QwenInputs, check_frames
+from common.runtime import UserError
 
-GOLDEN_TOLERANCE = {"fp32": 0.02, "bf16": 0.1}  # of a label's probability
-PROMPT_VERSION = 1  # of how `common.qwen_inputs` writes a prompt down; another one is another question
 MIN_LABEL_MASS = 0.5  # mean of a batch, below which the model would rather say something else
+MIN_FOR_MASS = 32  # windows in a batch whose mean label mass tells something
 
 
 @dataclass
@@ -95,6 +77,8 @@ class HistoryVLMRewardConfig(VLMConfig):
 # ----------------------------------------------------------------------------------------------------
 # Models
 
+Answer = Callable[[dict[str, Tensor], list[str]], Tensor]  # of a piece's frames and tasks, one row each
+
 
 class _Qwen:
     """A loaded model, its inputs, and batches that fit the memory."""
@@ -120,7 +104,7 @@ class _Qwen:
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
-    def _in_batches(self, answer, frames: dict[str, Tensor], tasks: list[str]) -> Tensor:
+    def _in_batches(self, answer: Answer, frames: dict[str, Tensor], tasks: list[str]) -> Tensor:
         """`answer(frames, tasks)` on pieces of at most `micro_batch`; halves them once where memory ends."""
         self.model.eval()
         out, start = [], 0
@@ -178,22 +162,22 @@ class HistoryVLMRewardModel(_Qwen):
 
     @torch.inference_mode()
     def score(self, frames: dict[str, Tensor], tasks: list[str] | None = None) -> Tensor:
-        """(B, L) float32 on the CPU: the probability of each label, out of all that could be said.
+        """(B, L) float32 on the CPU: `label_prob`; with `inference_mode: generate` a row is one-hot, or zeros
+        where the answer was none of the labels.
 
-        frames: view -> (B, K, H, W, 3) uint8, time rising; tasks: one per window, else `task` for all. With
-        `inference_mode: generate` a row is one-hot, or zeros where the answer was none of the labels.
+        frames: view -> (B, K, H, W, 3) uint8, time rising; tasks: one per window, else `task` for all.
+        UserError where frames are not as the model knows them.
         """
-        count = len(frames[self.views[0]]) if self.views[0] in frames else 0
-        tasks = [self.task] * count if tasks is None else tasks
-        if any(frames[view].shape[1] != self.window for view in self.views if view in frames):
-            met = {view: frames[view].shape[1] for view in self.views if view in frames}
-            raise UserError(f"the reward model judges windows of {self.window} frames, got {met}")
-        self._check_size(frames)
-        if not count:
-            return torch.zeros(0, len(self.labels))
-        answer = self._label_prob if self.cfg.inference_mode == "label_logits" else self._said
-        label_prob = self._in_batches(answer, frames, tasks)
-        if not self._warned and self.meta and len(label_prob) >= 32:
+        if self.cfg.inference_mode == "label_logits":
+            return self.label_prob(frames, tasks)
+        return self._of_windows(self._said, frames, tasks)
+
+    @torch.inference_mode()
+    def label_prob(self, frames: dict[str, Tensor], tasks: list[str] | None = None) -> Tensor:
+        """(B, L) float32 on the CPU: the probability of each label's first token, out of all that could be
+        said; in every inference_mode."""
+        label_prob = self._of_windows(self._label_prob, frames, tasks)
+        if not self._warned and self.meta and len(label_prob) >= MIN_FOR_MASS:
             mass = float(label_prob.sum(1).mean())
             if mass < MIN_LABEL_MASS:
                 self._warned = True
@@ -203,6 +187,17 @@ class HistoryVLMRewardModel(_Qwen):
                     stacklevel=2,
                 )
         return label_prob
+
+    def _of_windows(self, answer: Answer, frames: dict[str, Tensor], tasks: list[str] | None) -> Tensor:
+        check_frames(frames, self.views)
+        met = {view: frames[view].shape[1] for view in self.views}
+        if set(met.values()) != {self.window}:
+            raise UserError(f"the reward model judges windows of {self.window} frames, got {met}")
+        self._check_size(frames)
+        count = len(frames[self.views[0]])
+        if not count:
+            return torch.zeros(0, len(self.labels))
+        return self._in_batches(answer, frames, [self.task] * count if tasks is None else tasks)
 
     def _label_prob(self, frames: dict[str, Tensor], tasks: list[str]) -> Tensor:
         inputs = self._questions(frames, tasks)
@@ -231,214 +226,12 @@ class VLMRewardModel(_Qwen):
         """success_prob (B,) float32 on the CPU of frames: view -> (B, H, W, 3) uint8. An answer that cannot
         be read counts as the parser's `invalid_score`."""
         windows = {view: images[:, None] for view, images in frames.items()}
-        count = len(frames[self.views[0]])
+        check_frames(windows, self.views)
+        count = len(windows[self.views[0]])
+        if not count:
+            return torch.zeros(0)
         return self._in_batches(self._said, windows, [self.task] * count if tasks is None else tasks)
 
     def _said(self, frames: dict[str, Tensor], tasks: list[str]) -> Tensor:
         score = torch.tensor([self.parser.parse(text) for text in self._generate(frames, tasks)])
         return torch.where(score.isnan(), self.parser.invalid_score, score).float()
-
-
-# ----------------------------------------------------------------------------------------------------
-# Loading and saving
-
-
-def load_base(cfg: VLMConfig, device: torch.device) -> tuple[nn.Module, Any]:
-    """(model, processor) of the folder `cfg.model_path`. Raises UserError if it is no complete Qwen3-VL."""
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-    from transformers.utils.logging import disable_progress_bar
-
-    if cfg.model_path is None:
-        raise UserError("model_path is not set; give the folder of a Qwen3-VL")
-    path = Path(cfg.model_path)
-    if not (path / "config.json").is_file():
-        raise UserError(f"{path} has no config.json; model_path must be the folder of a Qwen3-VL")
-    family = load_json(path / "config.json").get("model_type")
-    if family != "qwen3_vl":
-        raise UserError(f"{path} holds a model of the family '{family}', not qwen3_vl")
-    disable_progress_bar()
-    try:
-        model = AutoModelForImageTextToText.from_pretrained(
-            path,
-            dtype=torch.bfloat16 if _in_bf16(cfg, device) else torch.float32,
-            attn_implementation=_attention(cfg.attn_implementation, device),
-            local_files_only=True,
-        )
-        processor = AutoProcessor.from_pretrained(path, local_files_only=True)
-    # transformers documents no list of what an incomplete folder may raise; its messages run over many lines
-    except Exception as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(
-            f"{path} is no complete Qwen3-VL folder ({type(error).__name__}: {reason})"
-        ) from error
-    processor.tokenizer.padding_side = "left"
-    use_fast_vision(model)
-    return model.to(device), processor
-
-
-def _in_bf16(cfg: VLMConfig, device: torch.device) -> bool:
-    return cfg.precision == "bf16" or (cfg.precision == "auto" and device.type == "cuda")
-
-
-def _attention(asked: str, device: torch.device) -> str:
-    from transformers.utils import is_flash_attn_2_available
-
-    if asked not in ("auto", "flash_attention_2"):
-        return asked
-    if device.type == "cuda" and is_flash_attn_2_available():
-        return "flash_attention_2"
-    if asked == "flash_attention_2":
-        warnings.warn("flash_attention_2 is not available here; sdpa takes its place", stacklevel=2)
-    return "sdpa"
-
-
-def load_history_vlm(
-    cfg: HistoryVLMRewardConfig, device: torch.device | None = None
-) -> HistoryVLMRewardModel:
-    """The model of windows, ready to score. Raises UserError where files, prompt or windows do not fit."""
-    sizes = {buffer.history_size for buffer in cfg.history_buffers.values()}
-    views = next(iter(cfg.history_buffers.values())).history_keys if cfg.history_buffers else []
-    asked = {"views": tuple(views), "window": next(iter(sizes), 5)}
-    model = _load(HistoryVLMRewardModel, cfg, asked, device)
-    if model.meta:
-        _check_golden(model, Path(cfg.lora_path or cfg.model_path))
-    return model
-
-
-def load_vlm(cfg: VLMRewardConfig, device: torch.device | None = None) -> VLMRewardModel:
-    """The model of single frames, ready to score."""
-    return _load(VLMRewardModel, cfg, {"views": tuple(cfg.views), "window": 1}, device)
-
-
-def _load(kind: type[_Qwen], cfg: VLMConfig, asked: dict[str, Any], device: torch.device | None) -> Any:
-    device = device or pick_device(cfg.device)
-    meta = _read_meta(cfg)
-    if meta:
-        _check_meta(meta, cfg, asked)
-        asked = {"views": tuple(meta["views"]), "window": meta["window"]}
-    params = cfg.input_builder_params
-    standard = TEMPLATES.get(cfg.input_builder_name, TREND_TEMPLATE)
-    template = meta.get("template") or params.template or standard
-    model, processor = load_base(cfg, device)
-    if cfg.lora_path is not None:
-        if meta and meta["base"] != _hash_of(model):
-            raise UserError(f"{cfg.lora_path} was trained on another base model than {cfg.model_path}")
-        model = _with_adapter(model, cfg)
-    builder = look_up(cfg.input_builder_name, INPUT_BUILDERS, "input_builder_name")
-    inputs = QwenInputs(processor, builder, asked["views"], asked["window"], template, cfg.use_chat_template)
-    parser = make_parser(cfg.reward_parser_name, cfg.reward_parser_params)
-    return kind(cfg, model.eval(), inputs, parser, meta)
-
-
-def _with_adapter(base: nn.Module, cfg: VLMConfig) -> nn.Module:
-    from peft import PeftModel
-
-    path = Path(cfg.lora_path)
-    if not (path / "adapter_config.json").is_file():
-        raise UserError(
-            f"{path} is no adapter (adapter_config.json is missing); give train_vlm.py's checkpoint"
-        )
-    try:
-        return PeftModel.from_pretrained(base, path, local_files_only=True)
-    except (RuntimeError, ValueError, OSError) as error:  # shapes or modules of another model
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(f"{path} does not fit {cfg.model_path}: {reason}") from error
-
-
-def _read_meta(cfg: VLMConfig) -> dict[str, Any]:
-    """reward.json of what was trained; {} for weights that train_vlm.py did not write."""
-    folder = Path(cfg.lora_path or cfg.model_path or "")
-    return load_json(folder / "reward.json") if (folder / "reward.json").is_file() else {}
-
-
-def _check_meta(meta: dict[str, Any], cfg: VLMConfig, asked: dict[str, Any]) -> None:
-    """UserError where the config asks another question than the model was trained on."""
-    where = cfg.lora_path or cfg.model_path
-    params = cfg.input_builder_params
-    differences = [
-        (name, ours, meta.get(name))
-        for name, ours in (
-            ("prompt_version", PROMPT_VERSION),
-            ("input_builder_name", cfg.input_builder_name),
-            ("template", params.template),
-            ("window", asked["window"]),
-            ("views", list(asked["views"])),
-            ("use_chat_template", cfg.use_chat_template),
-        )
-        if ours is not None and ours != meta.get(name)
-    ]
-    if differences:
-        told = "; ".join(f"{name}: trained with {theirs}, here {ours}" for name, ours, theirs in differences)
-        raise UserError(f"{where} was trained for another question: {told}")
-
-
-def _hash_of(model: nn.Module) -> str:
-    """16 hex digits that tell one architecture and vocabulary from another."""
-    config = model.config.to_dict()
-    sizes = (
-        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-        "num_key_value_heads", "head_dim", "depth", "num_heads", "patch_size", "out_hidden_size",
-    )  # fmt: skip
-    parts = ("text_config", "vision_config")
-    shape = {part: {size: config[part].get(size) for size in sizes} for part in parts}
-    return hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def save_vlm(
-    folder: str | Path,
-    model: nn.Module,
-    processor: Any,
-    inputs: QwenInputs,
-    meta: dict[str, Any],
-    golden_windows: dict[str, Tensor],
-    cfg: VLMConfig | None = None,
-) -> None:
-    """Write the checkpoint folder (format above), replacing an older one of that name in one step.
-
-    `meta` is what only the trainer knows; golden_windows: view -> (n, K, H, W, 3) uint8, n small, of the task
-    `meta["golden_task"]`.
-    """
-    from peft import PeftModel
-
-    cfg = cfg or HistoryVLMRewardConfig()
-    parser = make_parser(cfg.reward_parser_name, cfg.reward_parser_params)
-    scorer = HistoryVLMRewardModel(replace(cfg, inference_mode="label_logits"), model, inputs, parser, {})
-    scorer.task = meta.get("golden_task", "")
-    golden = {f"frames.{view}": golden_windows[view].contiguous() for view in inputs.views}
-    golden["label_prob"] = scorer.score(golden_windows)
-    with whole_folder(folder) as temporary:
-        model.save_pretrained(temporary)
-        if not isinstance(model, PeftModel):
-            processor.save_pretrained(temporary)
-        written = {
-            "model_type": "history_vlm",
-            "prompt_version": PROMPT_VERSION,
-            "template": inputs.template,
-            "input_builder_name": cfg.input_builder_name,
-            "use_chat_template": inputs.use_chat_template,
-            "views": list(inputs.views),
-            "window": inputs.num_frames,
-            "labels": list(scorer.labels),
-            "parser": asdict(parser),
-            "base": _hash_of(model),
-            **meta,
-        }
-        save_json(written, temporary / "reward.json")
-        save_file(golden, temporary / "golden.safetensors")
-
-
-def _check_golden(model: HistoryVLMRewardModel, path: Path) -> None:
-    if not (path / "golden.safetensors").is_file():
-        raise UserError(f"{path} lacks golden.safetensors; is it a checkpoint of train_vlm.py?")
-    golden = load_file(path / "golden.safetensors")
-    frames = {view: golden[f"frames.{view}"] for view in model.views}
-    cfg, model.cfg = model.cfg, replace(model.cfg, inference_mode="label_logits")
-    label_prob = model.score(frames, [model.meta.get("golden_task", "")] * len(golden["label_prob"]))
-    model.cfg = cfg
-    error = float((label_prob - golden["label_prob"]).abs().max())
-    allowed = GOLDEN_TOLERANCE["bf16" if _in_bf16(cfg, model.device) else "fp32"]
-    if not error <= allowed:  # also where it is nan
-        raise UserError(
-            f"{path} scores its golden windows {error:.3f} off what was written beside them (at most "
-            f"{allowed} allowed): weights, base model or preprocessing have changed; train it again"
-        )

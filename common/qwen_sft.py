@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from common.history import HistoryBufferConfig
 from common.prompts import INPUT_BUILDERS, InputBuilderParams, look_up, make_parser
+from common.qwen_checkpoint import load_base
 from common.qwen_inputs import NO_LABEL, QwenInputs
-from common.qwen_reward import HistoryVLMRewardConfig, HistoryVLMRewardModel, load_base
+from common.qwen_reward import HistoryVLMRewardConfig, HistoryVLMRewardModel
 from common.windows import WindowSet
 
 # The language model's linears alone. Not lm_head: it shares its weights with the embedding, and an adapter on
@@ -50,7 +51,7 @@ class Pupil:
         )
         reads_bf16 = self.computes_in_bf16 and section.is_lora
         scorer_cfg = scorer_config(section, windows, "bf16" if reads_bf16 else "fp32")
-        self.model, self.processor = load_base(scorer_cfg, device)
+        self.model, processor = load_base(scorer_cfg, device)
         if section.is_lora:
             rank, alpha, dropout = section.lora_rank, section.lora_alpha, section.lora_dropout
             self.model = add_lora(self.model, rank, alpha, dropout, section.lora_vision)
@@ -59,9 +60,7 @@ class Pupil:
         if section.gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         builder = look_up(scorer_cfg.input_builder_name, INPUT_BUILDERS, "input_builder_name")
-        self.inputs = QwenInputs(
-            self.processor, builder, windows.views, windows.window_size, windows.template
-        )
+        self.inputs = QwenInputs(processor, builder, windows.views, windows.window_size, windows.template)
         parser = make_parser(scorer_cfg.reward_parser_name, scorer_cfg.reward_parser_params)
         self.scorer = HistoryVLMRewardModel(scorer_cfg, self.model, self.inputs, parser, {})
         self.device = device

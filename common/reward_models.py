@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from common.history import HistoryBufferConfig
-from common.qwen_reward import HistoryVLMRewardConfig, VLMRewardConfig, load_history_vlm, load_vlm
+from common.qwen_checkpoint import load_history_vlm, load_vlm
+from common.qwen_reward import HistoryVLMRewardConfig, VLMRewardConfig
 from common.resnet_reward import ResNetRewardConfig, load_resnet
 from common.trend import LABELS, trend_labels
 from common.vlm_api import ApiConfig, load_served

@@ -14,8 +14,9 @@ from toy_windows import write_windows
 
 import train_vlm
 from common import config
+from common.qwen_checkpoint import load_base, load_history_vlm
 from common.qwen_inputs import NO_LABEL
-from common.qwen_reward import HistoryVLMRewardConfig, load_base, load_history_vlm
+from common.qwen_reward import HistoryVLMRewardConfig
 from common.qwen_sft import LANGUAGE_LINEARS, add_lora, answer_loss, weighted_mean
 from common.ranks import Ranks
 from common.runtime import UserError
