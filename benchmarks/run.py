@@ -3,9 +3,10 @@
     python benchmarks/run.py [--quick] [--only NAME ...]
 
 Prints a table `name | ratio | target | met or SHORT | detail`; what each row compares is told in the
-docstring of its file: stepping.py, scoring.py, preprocess.py. A full run writes benchmarks/results/speed.json
-with the facts of the machine; with --quick (short runs, noisy numbers) or --only nothing is written. There
-are no absolute times: they would say more of the machine than of the code. Leave the machine alone meanwhile.
+docstring of its file: stepping.py, scoring.py, qwen.py, qwen_gpu.py, trend_rl.py, preprocess.py,
+preprocess_trend.py. A full run writes benchmarks/results/speed.json with the facts of the machine; with
+--quick (short runs, noisy numbers) or --only nothing is written. There are no absolute times, except in
+details of GPU rows: they would say more of the machine than of the code. Leave the machine alone meanwhile.
 """
 
 import argparse
@@ -33,7 +34,10 @@ BENCHMARKS = {  # name -> module and function; each takes `quick` and returns ro
     "states": ("stepping", "states_rows"),
     "scoring": ("scoring", "rows"),
     "qwen": ("qwen", "rows"),
+    "qwen_gpu": ("qwen_gpu", "rows"),  # none without a GPU
+    "trend_rl": ("trend_rl", "rows"),
     "preprocess": ("preprocess", "rows"),
+    "preprocess_trend": ("preprocess_trend", "rows"),
 }
 
 
