@@ -50,7 +50,7 @@ Judge = Callable[[list[Frames]], list[str]]
 def rows(quick: bool) -> list[dict]:
     """The row for benchmarks/run.py."""
     torch.set_num_threads(1)
-    num_steps = 160 if quick else 320
+    num_steps = 160 if quick else 240
     with ExitStack() as stack:
         folder = train_tiny(Path(stack.enter_context(tempfile.TemporaryDirectory())), 50)
         cfg = load_config(folder)
