@@ -21,6 +21,7 @@ from common.prompts import (
     InputBuilderParams,
     QwenTrendRewardParser,
     base_vlm_input_builder,
+    qwentrend_input_builder,
 )
 from common.qwen_checkpoint import load_history_vlm, load_vlm, save_vlm
 from common.qwen_inputs import VIDEO_FPS, QwenInputs
@@ -160,35 +161,60 @@ def doubled(trained: HistoryVLMRewardModel, meta: dict | None = None, **more) ->
 # --- Scores
 
 
-def test_label_prob_is_that_of_a_plain_forward(trained, whole):
-    """Of a model loaded and asked by transformers alone, a window at a time, all logits worked out."""
+def plain_label_prob(folder: Path, kind: str, frames: dict[str, Tensor], tasks: list[str]) -> Tensor:
+    """By a model that transformers alone loads and asks, a window at a time, all logits worked out."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    plain = AutoModelForImageTextToText.from_pretrained(whole, dtype=torch.float32).eval()
-    processor = AutoProcessor.from_pretrained(whole)
-    frames = {view: images[:4] for view, images in windows().items()}
-    tasks = [TASK, "pick up the cube and put it on the plate", TASK, ""]
-    expected = []
+    plain = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    processor = AutoProcessor.from_pretrained(folder)
+    metadata = {"fps": VIDEO_FPS, "frames_indices": list(range(5)), "total_num_frames": 5}
+    rows = []
     for row, task in enumerate(tasks):
-        content = [{"type": "video"}, {"type": "video"}, {"type": "text", "text": f"{task}?"}]
-        text = processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True
-        )
-        metadata = {"fps": VIDEO_FPS, "frames_indices": list(range(5)), "total_num_frames": 5}
-        inputs = processor(
-            text=[text.replace("<|vision_start|><|video_pad|><|vision_end|>", "<|video_pad|>")],
-            videos=[frames[view][row].numpy() for view in VIEWS],
-            video_metadata=[metadata, metadata],
-            do_sample_frames=False,
-            return_tensors="pt",
-        )
+        content = [{"type": kind}, {"type": kind}, {"type": "text", "text": f"{task}?"}]
+        messages = [{"role": "user", "content": content}]
+        text = processor.apply_chat_template(messages, add_generation_prompt=True)
+        text = text.replace("<|vision_start|><|video_pad|><|vision_end|>", "<|video_pad|>")
+        shown = [frames[view][row].numpy() for view in VIEWS]
+        if kind == "video":
+            pictures = {"videos": shown, "video_metadata": [metadata] * 2, "do_sample_frames": False}
+        else:
+            pictures = {"images": [video[-1] for video in shown]}
+        inputs = processor(text=[text], **pictures, return_tensors="pt")
         with torch.no_grad():
             prob = plain(**inputs).logits[0, -1].softmax(0)
-        expected.append(prob[[processor.tokenizer.encode(label)[0] for label in LABELS]])
-    label_prob = trained.score(frames, tasks)
+        rows.append(prob[[processor.tokenizer.encode(label)[0] for label in LABELS]])
+    return torch.stack(rows)
+
+
+TASKS = [TASK, "pick up the cube and put it on the plate", TASK, ""]  # of several lengths
+
+
+def test_label_prob_is_that_of_a_plain_forward(trained, whole):
+    frames = {view: images[:4] for view, images in windows().items()}
+    label_prob = trained.score(frames, TASKS)
     assert (label_prob.dtype, label_prob.device) == (torch.float32, CPU)
-    torch.testing.assert_close(label_prob, torch.stack(expected), atol=1e-5, rtol=1e-4)
     assert label_prob.max(1).values.min() > 0.5  # it has something to say
+    expected = plain_label_prob(whole, "video", frames, TASKS)
+    torch.testing.assert_close(label_prob, expected, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["video", "image"])
+@pytest.mark.parametrize(
+    ("main", "extra"),
+    [((64, 96), (64, 96)), ((64, 96), (96, 32)), ((40, 72), (40, 72))],
+    ids=["oblong", "two sizes", "to be resized"],
+)
+def test_pictures_of_other_sizes_give_the_plain_forwards_numbers(trained, whole, kind, main, extra):
+    generator = torch.Generator().manual_seed(2)
+    frames = {
+        view: torch.randint(0, 256, (4, 5, *size, 3), dtype=torch.uint8, generator=generator)
+        for view, size in zip(VIEWS, (main, extra), strict=True)
+    }
+    builder = {"video": qwentrend_input_builder, "image": base_vlm_input_builder}[kind]
+    inputs = QwenInputs(trained.inputs.processor, builder, VIEWS, 5, "{task}?")
+    model = HistoryVLMRewardModel(trained.cfg, trained.model, inputs, trained.parser, {})
+    expected = plain_label_prob(whole, kind, frames, TASKS)
+    torch.testing.assert_close(model.score(frames, TASKS), expected, atol=1e-6, rtol=1e-3)
 
 
 def test_generate_says_the_likeliest_label(trained):
