@@ -67,7 +67,7 @@ def run_stage(command: list[str]) -> float:
 
 def run_demo(folder: str, seed: int) -> dict:
     """All stages for one seed. -> what logs/demo/summary.json holds."""
-    _move_aside(ROOT / folder)
+    move_aside(ROOT / folder)
     start = time.perf_counter()
     seconds = {name: run_stage(command) for name, command in stages(folder, seed).items()}
     seconds["all"] = round(time.perf_counter() - start, 1)
@@ -100,7 +100,7 @@ def run_control(folder: str, seed: int) -> dict:
     return load_json(ROOT / folder / "control" / "summary.json")
 
 
-def _move_aside(folder: Path) -> None:
+def move_aside(folder: Path) -> None:
     if folder.exists():
         stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(folder.stat().st_mtime))
         aside = folder.with_name(f"{folder.name}-{stamp}")

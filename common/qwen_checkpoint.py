@@ -12,9 +12,11 @@ A **checkpoint** appears whole or not at all:
 Weights are read from safetensors files alone, and no code from a folder is run.
 """
 
+import contextlib
 import hashlib
 import json
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -151,11 +153,20 @@ def _with_adapter(base: nn.Module, cfg: VLMConfig) -> nn.Module:
         if not (path / name).is_file():  # PEFT would look for it on the network
             raise UserError(f"{path} is no adapter ({name} is missing); give train_vlm.py's checkpoint")
     try:
-        return PeftModel.from_pretrained(base, path, local_files_only=True)
+        with renamed_calls_unsaid():
+            return PeftModel.from_pretrained(base, path, local_files_only=True)
     # shapes or modules of another model, torn files
     except (RuntimeError, ValueError, OSError, SafetensorError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"{path} does not fit {cfg.model_path}: {reason}") from error
+
+
+@contextlib.contextmanager
+def renamed_calls_unsaid() -> Iterator[None]:
+    """PEFT still calls what transformers has renamed since, and a user can do nothing about it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+        yield
 
 
 def _read_meta(cfg: VLMConfig) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from common.history import HistoryBufferConfig
 from common.prompts import INPUT_BUILDERS, InputBuilderParams, look_up, make_parser
-from common.qwen_checkpoint import load_base
+from common.qwen_checkpoint import load_base, renamed_calls_unsaid
 from common.qwen_inputs import NO_LABEL, QwenInputs
 from common.qwen_reward import HistoryVLMRewardConfig, HistoryVLMRewardModel
 from common.windows import WindowSet
@@ -58,7 +58,8 @@ class Pupil:
         else:
             self.model.requires_grad_(True)
         if section.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            with renamed_calls_unsaid():
+                self.model.gradient_checkpointing_enable({"use_reentrant": False})
         builder = look_up(scorer_cfg.input_builder_name, INPUT_BUILDERS, "input_builder_name")
         self.inputs = QwenInputs(processor, builder, windows.views, windows.window_size, windows.template)
         parser = make_parser(scorer_cfg.reward_parser_name, scorer_cfg.reward_parser_params)
@@ -93,7 +94,8 @@ def add_lora(model: nn.Module, rank: int, alpha: int, dropout: float, vision: bo
     lora = LoraConfig(
         r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=target, task_type="CAUSAL_LM"
     )
-    return get_peft_model(model, lora)
+    with renamed_calls_unsaid():
+        return get_peft_model(model, lora)
 
 
 def answer_loss(learner: nn.Module, inputs: dict[str, Any], labels: Tensor, tail_weight: float) -> Tensor:

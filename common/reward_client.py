@@ -176,8 +176,9 @@ class RewardClient:
             if ours.get(k) != theirs.get(k)
         ]
         if different:
+            *_, path = self.cfg.model_files.values()  # the adapter where there is one
             raise UserError(
-                f"the reward model {self.cfg.model.model_path} knows other pictures than these envs make: "
+                f"the reward model {path} knows other pictures than these envs make: "
                 + "; ".join(different)
                 + " (mend env.*.cameras or control_freq, or collect and train again)"
             )

@@ -1,0 +1,170 @@
+"""The trend workflow, small and for real: what `make demo-trend` runs.
+
+    python benchmarks/demo_trend.py                            # one seed
+    python benchmarks/demo_trend.py --seeds 0 1 2 --controls   # the README's table
+
+Collects episodes of PushCube that advance and lose ground, makes windows of them, trains a tiny Qwen3-VL (a
+random one, made offline) to say each window's trend, holds it against a model that sees the last frame alone,
+and lets it alone pay the reward in SAC. Runs the plain commands of the workflow, each printed before it runs,
+and collects their numbers in `logs/demo_trend/summary.json`. An earlier `logs/demo_trend` is moved aside,
+never overwritten. With several seeds every stage is run anew for each one, in `logs/demo_trend-seed<N>`, and
+the table is written to `benchmarks/results/demo_trend.json` too.
+
+`--controls` adds two RL runs on the same data: paid nothing, and paid by the label rule itself, which is what
+a perfect model would pay.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.demo import move_aside, run_stage  # noqa: E402  the checkout is not installed
+from common.files import load_json, save_json  # noqa: E402
+from common.runtime import run_script, versions  # noqa: E402
+from common.trend_report import card_table  # noqa: E402
+
+PLAIN = "logs/demo_trend"  # the folder that the shipped configs name
+
+
+def stages(folder: str, seed: int) -> dict[str, list[str]]:
+    """Name -> plain command. The shipped configs say logs/demo_trend; the command line says what differs."""
+    seeded = [f"runner.seed={seed}"] if seed else []
+    collect, train, rl = list(seeded), list(seeded), list(seeded)
+    if folder != PLAIN:
+        collect += [f"runner.logger.log_path={folder}/collect"]
+        train += [
+            f"data.train_data_paths={folder}/windows/train/segments.jsonl",
+            f"data.val_data_paths={folder}/windows/eval/segments.jsonl",
+            f"actor.model.model_path={folder}/tiny_qwen",
+        ]
+        rl += [f"algorithm.prior_data={folder}/collect/collected_data"]
+    windows = ["--raw-data-path", f"{folder}/collect/collected_data", "--output-dir", f"{folder}/windows"]
+    # Natural windows alone: the mix has negatives of its own. The whole prompt would be most of what so small
+    # a model computes.
+    windows += ["--delta-threshold", "0.1", "--tail-unclear-ratio", "0", "--val-split", "0.2"]
+    windows += ["--natural-eval", "--no-balance-labels", "--no-reverse-positive-as-negative"]
+    windows += ["--prompt-template", "{task}?"]
+    vlm = ["train_vlm.py", "configs/demo_trend_vlm.yaml", *train, f"runner.logger.log_path={folder}/vlm"]
+    last = ["train_vlm.py", "configs/demo_trend_vlm.yaml", *train, "data.frames=last"]
+    return {
+        "make the model": ["benchmarks/tiny_qwen.py", f"{folder}/tiny_qwen", "--seed", str(seed)],
+        "collect": ["collect.py", "configs/demo_trend_collect.yaml", *collect],
+        "windows": ["preprocess_qwentrend.py", *windows],
+        "train": vlm,
+        "train on last frames": [*last, f"runner.logger.log_path={folder}/vlm_last_frame"],
+        "rl": [
+            "rl_train.py",
+            "configs/demo_trend_rl.yaml",
+            *rl,
+            f"runner.logger.log_path={folder}/rl",
+            f"reward.model.model_path={folder}/vlm/checkpoint",
+        ],
+    }
+
+
+def numbers(folder: str, seconds: dict[str, float], seed: int) -> dict:
+    """What logs/demo_trend/summary.json holds."""
+    collect, vlm, last, rl = (
+        load_json(ROOT / folder / stage / "summary.json")
+        for stage in ("collect", "vlm", "vlm_last_frame", "rl")
+    )
+    kept = ("true_success_once", "true_success_at_end", "model_return", "progress_corr", "num_episodes")
+    return {
+        "seed": seed,
+        **{name: rl[name] for name in kept},
+        "false_positive_share": rl["false_positive_share"],
+        "report_card": vlm["report_card"],
+        "val_metrics": vlm["val_metrics"],
+        "last_frame": last["val_metrics"],
+        "seconds": seconds,
+        "env_steps": {"collect": collect["env_steps"], "rl": rl["env_steps"]},
+        "versions": versions(),
+    }
+
+
+def run_demo(folder: str, seed: int) -> dict:
+    move_aside(ROOT / folder)
+    start = time.perf_counter()
+    seconds = {name: run_stage(command) for name, command in stages(folder, seed).items()}
+    seconds["all"] = round(time.perf_counter() - start, 1)
+    summary = numbers(folder, seconds, seed)
+    save_json(summary, ROOT / folder / "summary.json")
+    return summary
+
+
+def run_controls(folder: str, seed: int) -> dict:
+    """The same RL on the same data, paid nothing, and paid what a perfect model would pay."""
+    command = [part for part in stages(folder, seed)["rl"] if "log_path" not in part]
+    run_stage([*command, f"runner.logger.log_path={folder}/rl_nothing", "reward.reward_weight=0"])
+    perfect = [part for part in command[2:] if "reward.model" not in part]
+    run_stage(
+        [
+            "rl_train.py",
+            "configs/demo_trend_oracle.yaml",
+            *perfect,
+            f"runner.logger.log_path={folder}/rl_oracle",
+        ]
+    )
+    return {
+        name: load_json(ROOT / folder / f"rl_{name}" / "summary.json")["true_success_once"]
+        for name in ("nothing", "oracle")
+    }
+
+
+def print_report(folder: str, summary: dict) -> None:
+    print(f"\n{'stage':<22}{'seconds':>9}")
+    for name, seconds in summary["seconds"].items():
+        print(f"{name:<22}{seconds:>9}")
+    print(f"\n{card_table(summary['report_card'])}")
+    seen, blind = summary["val_metrics"]["macro_f1"], summary["last_frame"]["macro_f1"]
+    print(f"macro-F1 of all held-out windows: {seen:.3f}; a model of their last frames alone: {blind:.3f}")
+    truth = f"{summary['true_success_once']:.2f} once, {summary['true_success_at_end']:.2f} at the end"
+    print(f"\nTRUE success in {summary['num_episodes']} fresh episodes, paid by the trend alone: {truth}")
+    print(f"look at {folder}/vlm/examples.png, {folder}/rl/eval.mp4, {folder}/rl/scores.png")
+
+
+def print_table(rows: list[dict]) -> None:
+    """Markdown, for the README."""
+    print(
+        "\n| seed | macro-F1 | negative F1 | reversed, flipped | last frame: macro-F1 | true success once "
+        "| paid nothing | paid by the label rule | seconds |\n|---|---|---|---|---|---|---|---|---|"
+    )
+    for row in rows:
+        card = {entry["control"]: entry for entry in row["report_card"]}
+        controls = row.get("controls", {})
+        told = [f"{controls[name]:.2f}" if name in controls else "-" for name in ("nothing", "oracle")]
+        f1 = row["val_metrics"]
+        print(
+            f"| {row['seed']} | {f1['macro_f1']:.3f} | {f1['f1_negative']:.3f} "
+            f"| {card['reversed, labels flipped']['accuracy']:.3f} | {row['last_frame']['macro_f1']:.3f} "
+            f"| {row['true_success_once']:.2f} | {told[0]} | {told[1]} | {row['seconds']['all']:.0f} |"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of every stage (default 0)")
+    parser.add_argument("--seeds", type=int, nargs="+", help="run them all and print the table")
+    parser.add_argument("--controls", action="store_true", help="also RL paid nothing and by the label rule")
+    args = parser.parse_args()
+    rows = []
+    for seed in args.seeds or [args.seed]:
+        folder = f"{PLAIN}-seed{seed}" if args.seeds else PLAIN
+        rows.append(run_demo(folder, seed))
+        if args.controls:
+            rows[-1]["controls"] = run_controls(folder, seed)
+        print_report(folder, rows[-1])
+    if args.seeds or args.controls:
+        print_table(rows)
+    if args.seeds:
+        save_json(rows, ROOT / "benchmarks" / "results" / "demo_trend.json")
+
+
+if __name__ == "__main__":
+    run_script(main)
