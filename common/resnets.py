@@ -135,7 +135,7 @@ def fast_forward(backbone: nn.Module, bf16: bool) -> Callable[[Tensor], Tensor]:
     fused = _fuse_conv_bn(copy.deepcopy(backbone).eval().requires_grad_(False))
     dtype = torch.bfloat16 if bf16 else torch.float32
     blocks = [child for name, child in fused.named_children() if name.startswith("layer")]
-    if next(fused.parameters()).is_cpu and torch.backends.mkldnn.is_available():
+    if next(fused.parameters()).is_cpu and _has_blocked_convs(bf16):
         fused.conv1 = _BlockedConv(fused.conv1, torch.float32)
         for block in blocks:
             _block_convs(block, dtype)
@@ -146,6 +146,11 @@ def fast_forward(backbone: nn.Module, bf16: bool) -> Callable[[Tensor], Tensor]:
     fused.layer1 = nn.Sequential(_Cast(dtype), fused.layer1)
     fused.fc = nn.Sequential(_Cast(torch.float32), fused.fc)
     return fused.__call__  # not a module: whoever keeps it must not find it among its own weights
+
+
+def _has_blocked_convs(bf16: bool) -> bool:
+    """oneDNN refuses blocked bf16 on CPUs without AVX512; plain bf16 convolutions are emulated there."""
+    return torch.backends.mkldnn.is_available() and (not bf16 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 class _Cast(nn.Module):
