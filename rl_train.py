@@ -177,9 +177,9 @@ def train_ppo(cfg: Config, run: Run, agent: PPO, envs, client: RewardClient | No
 def start_sac(cfg: Config, run: Run, agent: SAC, client: RewardClient | None) -> Replay:
     """The replay buffer, prior data relabelled by the reward model (RLPD), and the updates on it alone."""
     prior = None
-    if cfg.algorithm.prior_data is not None:
+    if cfg.algorithm.prior_folders:
         prior, audit = prior_buffer(
-            cfg.algorithm.prior_data,
+            cfg.algorithm.prior_folders,
             run.eval_envs.spec,
             client,
             cfg.reward,
@@ -308,12 +308,12 @@ def learn(cfg: Config, run: Run, agent: PPO | SAC, client: RewardClient | None, 
 
 def check_inputs(cfg: Config) -> None:
     """Say what is missing before a run folder appears and simulations start."""
-    inputs = {"runner.resume_dir": cfg.runner.resume_dir}
+    inputs = [("runner.resume_dir", cfg.runner.resume_dir)]
     if cfg.algorithm.name == "sac":
-        inputs["algorithm.prior_data"] = cfg.algorithm.prior_data
+        inputs += [("algorithm.prior_data", folder) for folder in cfg.algorithm.prior_folders]
     if cfg.reward.use_reward_model:
-        inputs |= cfg.reward.model_files
-    for key, path in inputs.items():
+        inputs += cfg.reward.model_files.items()
+    for key, path in inputs:
         if path is not None and not Path(path).exists():
             raise UserError(f"{key}: {path} does not exist; run the step that makes it, or name another")
 

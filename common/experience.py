@@ -217,14 +217,14 @@ class EpisodeStats:
 
 
 def prior_buffer(
-    folder: str,
+    folders: list[str],
     spec: EnvSpec,
     client: RewardClient | None,
     cfg: RewardConfig,
     bootstrap_type: BootstrapType,
     device: torch.device,
 ) -> tuple[ReplayBuffer, Audit | TrendAudit]:
-    """Every episode in `folder`, paid as the rollout pays: by the reward model, and by the recorded env
+    """Every episode in `folders`, paid as the rollout pays: by the reward model, and by the recorded env
     reward where `env_reward_weight` is not 0. -> the buffer, and the verdicts against the recorded truth.
 
     RLPD (Ball et al., 2023) mixes such data half and half with fresh experience. UserError naming the episode
@@ -234,7 +234,8 @@ def prior_buffer(
     parts, looks = [], []
     if client is not None:
         client.check_idle()
-    for path in tqdm(list_episodes(folder), desc="relabel prior data", unit="ep", leave=False):
+    paths = [path for folder in folders for path in list_episodes(folder)]
+    for path in tqdm(paths, desc="relabel prior data", unit="ep", leave=False):
         episode = read_episode(path, views=())
         _check_prior(episode, spec, client)
         states = torch.from_numpy(episode.states)

@@ -52,7 +52,8 @@ class SACConfig:
     )
     target_clip: tuple[float, ...] | None = None  # [lowest, highest] return possible, where it is known
     bootstrap_type: Literal["standard", "always", "none"] = "standard"  # see common/rewards.py
-    prior_data: str | None = None  # folder of episodes; each batch takes prior_fraction from them (RLPD)
+    # folder(s) of episodes; each batch takes prior_fraction from them (RLPD)
+    prior_data: str | list[str] | None = None
     prior_fraction: float = 0.5
     offline_updates: int = 0  # on prior data, before the first env step
     obs_noise: float = (
@@ -83,8 +84,12 @@ class SACConfig:
         clip = self.target_clip
         if clip is not None and (len(clip) != 2 or clip[0] >= clip[1]):
             raise ValueError(f"target_clip must be [low, high] with low < high, got {list(clip)}")
-        if self.offline_updates and self.prior_data is None:
+        if self.offline_updates and not self.prior_folders:
             raise ValueError(f"offline_updates is {self.offline_updates}, but prior_data names no folder")
+
+    @property
+    def prior_folders(self) -> list[str]:
+        return [self.prior_data] if isinstance(self.prior_data, str) else self.prior_data or []
 
 
 class SAC:

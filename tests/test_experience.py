@@ -321,12 +321,11 @@ def write(
 )
 def test_prior_data_is_paid_as_the_rollout_pays(tmp_path, mode, reward, audit):
     """Frames 90 are resets, which nobody may score."""
-    write(tmp_path, 0, [90, 60, 20, 80], [True, False, False], terminated=True)
-    write(tmp_path, 1, [90, 10, 49], [False, False])
+    folders = [str(tmp_path / name) for name in ("mixed", "later")]
+    write(tmp_path / "mixed", 0, [90, 60, 20, 80], [True, False, False], terminated=True)
+    write(tmp_path / "later", 1, [90, 10, 49], [False, False])
     cfg = reward_config(reward_mode=mode)
-    buffer, told = prior_buffer(
-        str(tmp_path), CountingEnvs([[1]]).spec, RewardClient(cfg), cfg, "standard", CPU
-    )
+    buffer, told = prior_buffer(folders, CountingEnvs([[1]]).spec, RewardClient(cfg), cfg, "standard", CPU)
     torch.testing.assert_close(buffer.reward, tensor(reward, dtype=torch.float32))
     assert buffer.obs[:, 0].tolist() == [0, 1, 2, 10, 11]
     assert buffer.next_obs[:, 0].tolist() == [1, 2, 3, 11, 12]
@@ -341,11 +340,11 @@ def test_prior_data_is_paid_as_the_rollout_pays(tmp_path, mode, reward, audit):
 def test_prior_data_paid_by_the_recorded_env_reward(tmp_path):
     write(tmp_path, 0, [90, 60, 80], [False, True])
     cfg = reward_config(env_reward_weight=2.0)
-    buffer, _ = prior_buffer(str(tmp_path), SPEC, RewardClient(cfg), cfg, "none", CPU)
+    buffer, _ = prior_buffer([str(tmp_path)], SPEC, RewardClient(cfg), cfg, "none", CPU)
     torch.testing.assert_close(buffer.reward, tensor([2.0, 4.8]))
     assert buffer.terminal.tolist() == [False, True]
     cfg = RewardConfig(env_reward_weight=1.0)
-    buffer, _ = prior_buffer(str(tmp_path), SPEC, None, cfg, "none", CPU)
+    buffer, _ = prior_buffer([str(tmp_path)], SPEC, None, cfg, "none", CPU)
     assert buffer.reward.tolist() == [1.0, 2.0]
 
 
@@ -365,7 +364,7 @@ def test_prior_data_that_does_not_fit_is_named(tmp_path, changes, message):
     bad = write(tmp_path, 1, [90, 60, 80], [False, True], **changes)
     cfg = reward_config()
     with pytest.raises(UserError, match=message) as error:
-        prior_buffer(str(tmp_path), SPEC, RewardClient(cfg), cfg, "none", CPU)
+        prior_buffer([str(tmp_path)], SPEC, RewardClient(cfg), cfg, "none", CPU)
     assert bad.name in str(error.value)
 
 

@@ -376,6 +376,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(made, tmp_path):
         ),
         (["reward.model.model_path=nowhere"], "nowhere"),
         (["algorithm.prior_data=nowhere"], "algorithm.prior_data: nowhere does not exist"),
+        (["algorithm.prior_data=['.', nowhere]"], "algorithm.prior_data: nowhere does not exist"),
         (["runner.resume_dir=nowhere"], ": nowhere does not exist"),
         (["env.train.task=PullCube-v1"], "env.train.task is PullCube-v1, but env.eval.task PushCube-v1"),
         (["reward.use_reward_model=false"], "nobody pays"),
