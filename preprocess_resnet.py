@@ -53,7 +53,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--val-split", type=float, default=0.2, help="fraction of the episodes")
     add("--fail-success-ratio", type=float, default=2.0, help="fail frames per success frame, at most")
     add("--balance-val", action=yes_no, default=False, help="cut val to that ratio as well")
-    add("--label", default="success", help="key of the step infos that labels a frame")
+    add("--label", help="key of the step infos that labels a frame; default: in_zone, else success")
     add("--view", choices=VIEWS, default="main_images", help="camera")
     add("--seed", type=int, default=42, help="of the split and of the choice of fail frames")
     add("--num-workers", type=int, default=1, help="threads that read; pays on cold or slow disks")
@@ -87,6 +87,7 @@ class Outline:
     """An episode without its pixels."""
 
     path: Path
+    label: str  # key of the step infos
     labels: np.ndarray  # (T+1,) bool
     image_shape: tuple[int, int, int]  # (H, W, 3)
     task: str | None
@@ -94,15 +95,18 @@ class Outline:
     render: dict | None  # as JSON would give it back: lists for tuples and arrays
 
 
-def read_outline(path: Path, view: str, label: str) -> Outline | UserError:
+def read_outline(path: Path, view: str, label: str | None) -> Outline | UserError:
     """A file of no use for this view and label gives the complaint, for the caller to raise or list."""
     try:
         episode = read_episode(path, views=())
         if view not in episode.image_shapes:
             met = ", ".join(episode.image_shapes) or "no images"
             raise UserError(f"{path} has no view {view}, only {met}; choose another --view or collect it")
+        if label is None:  # success waits until the pose was held, and the frames before would lie
+            label = "in_zone" if any("in_zone" in info for info in episode.infos) else "success"
         return Outline(
             path=path,
+            label=label,
             labels=frame_labels(episode.infos, label, required=True),
             image_shape=episode.image_shapes[view],
             task=episode.task,
@@ -119,7 +123,11 @@ def survey(paths: list[Path], args: argparse.Namespace) -> tuple[list[Outline], 
     """Outlines of usable episodes, which look alike, and complaints about the others."""
     read = partial(read_outline, view=args.view, label=args.label)
     outlines, bad = preprocessing.survey(read, paths, args.skip_bad, args.num_workers)
-    traits = {"image sizes": lambda o: o.image_shape, "cameras ('render')": lambda o: o.render}
+    traits = {
+        "image sizes": lambda o: o.image_shape,
+        "cameras ('render')": lambda o: o.render,
+        "labels": lambda o: o.label,
+    }
     check_alike(outlines, traits)
     return outlines, bad
 
@@ -174,7 +182,7 @@ def choose_frames(
         if count == 0:
             raise UserError(
                 f"none of the {len(frames.label)} frames in {args.raw_data_path} is a {missing} (label "
-                f"'{args.label}'); a classifier needs both classes, so collect more episodes"
+                f"'{outlines[0].label}'); a classifier needs both classes, so collect more episodes"
             )
     has_success = np.zeros(len(outlines), dtype=bool)
     has_success[frames.episode[frames.label]] = True
@@ -221,7 +229,7 @@ def describe(
         "num_train_samples": len(after["train"].label),
         "num_val_samples": len(after["val"].label),
         "balance_val": args.balance_val,
-        "label": args.label,
+        "label": outlines[0].label,
         "view": args.view,
         "image_size": list(outlines[0].image_shape[:2]),  # [H, W] pixels
         "render": outlines[0].render,

@@ -20,7 +20,8 @@ and has written: torch tensors, 0-d or 1-element values for scalars, lists witho
 `third_view_images`, which then is the extra view.
 
 **Frame label** (`frame_labels`): `infos[t]["success"]`; where that is missing,
-`infos[t]["episode"]["success_once"]`; where both are missing, and for the reset frame, fail.
+`infos[t]["episode"]["success_once"]`; where both are missing, and for the reset frame, fail. Robots write
+`in_zone` too: at the target pose now, where `success` waits until it was held for long enough.
 """
 
 import pickle
@@ -253,7 +254,8 @@ def frame_labels(infos: list[dict], label: str = "success", required: bool = Fal
         keys = sorted({str(key) for info in infos for key in info})
         raise ValueError(f"has no '{label}' in its step infos, only {', '.join(keys) or 'empty ones'}")
     labels = np.array([value is not None and bool(_scalar(value)) for value in values], dtype=bool)
-    labels[0] = False
+    if label == "success":
+        labels[0] = False  # an env that resets itself may still tell of the episode before
     return labels
 
 

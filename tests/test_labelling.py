@@ -770,13 +770,13 @@ def test_fixed_pose_frames_are_labelled_by_where_the_arm_is_now(tmp_path):
         "..zz...zzz",  # leaves and comes back
         "..zz......",  # leaves for good: the env calls it a failure, two of its frames are in the zone
         "..........",
-        ".zz.zz.zzz",
+        "zzz.zz.zzz",  # begins inside
         "...............",
     ]
     for index, where in enumerate(episodes):
         write_pose_episode(tmp_path / "raw", index, where)
     command = ["x", "--raw-data-path", str(tmp_path / "raw"), "--output-dir", str(tmp_path / "data")]
-    command += ["--label", "in_zone", "--fail-success-ratio", "3"]
+    command += ["--fail-success-ratio", "3"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", command)
         preprocess_resnet.main()
