@@ -24,6 +24,7 @@ LEVELS = [
         "checkpoint",
         "processes",
         "ranks",
+        "timing",
     ],
     # 1 data and pure functions
     [
@@ -42,6 +43,7 @@ LEVELS = [
         "link",
         "block_split",
         "labelling",
+        "poses",
     ],
     # 2 things with weights
     [
@@ -61,7 +63,19 @@ LEVELS = [
         "fast_control",
     ],
     # 3 the world
-    ["geometry", "scenes", "envs", "wrappers", "scripted", "devices", "arms", "franka"],
+    [
+        "geometry",
+        "scenes",
+        "envs",
+        "wrappers",
+        "scripted",
+        "devices",
+        "cameras",
+        "arms",
+        "franka_config",
+        "franka",
+        "franka_wrappers",
+    ],
     # 4 other processes, pictures
     [
         "env_workers",
@@ -104,8 +118,13 @@ WITHIN_LEVEL = {
     "link_keys": {"link"},
     "reward_models": {"reward_client", "reward_link"},
     "reward_client": {"judging", "reward_link"},
-    "scenes": {"envs", "wrappers"},
+    "scenes": {"envs", "wrappers", "franka_config"},
     "envs": {"wrappers"},
+    "devices": {"franka_wrappers"},
+    "cameras": {"franka_config", "franka", "franka_wrappers"},
+    "arms": {"franka_config", "franka", "franka_wrappers"},
+    "franka_config": {"franka", "franka_wrappers"},
+    "franka": {"franka_wrappers"},
     "video": {"report"},
     "report": {"trend_report"},
     "agents": {"async_rollout", "run"},
