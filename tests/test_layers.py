@@ -23,6 +23,7 @@ LEVELS = [
         "log",
         "checkpoint",
         "processes",
+        "device_thread",
         "ranks",
         "timing",
     ],
@@ -69,6 +70,8 @@ LEVELS = [
         "envs",
         "wrappers",
         "scripted",
+        "spacemouse",
+        "keyboards",
         "devices",
         "cameras",
         "arms",
@@ -93,7 +96,7 @@ LEVELS = [
 
 # What others of its own level may import all the same, those to the right of it: module -> who.
 WITHIN_LEVEL = {
-    "runtime": {"files", "yaml_tree", "config", "log", "checkpoint", "processes", "ranks"},
+    "runtime": {"files", "yaml_tree", "config", "log", "checkpoint", "processes", "device_thread", "ranks"},
     "unpickle": {"files"},
     "files": {"config", "log", "checkpoint"},
     "declarations": {"config"},
@@ -120,6 +123,8 @@ WITHIN_LEVEL = {
     "reward_client": {"judging", "reward_link"},
     "scenes": {"envs", "wrappers", "franka_config"},
     "envs": {"wrappers"},
+    "spacemouse": {"devices"},
+    "keyboards": {"devices"},
     "devices": {"franka_wrappers"},
     "cameras": {"franka_config", "franka", "franka_wrappers"},
     "arms": {"franka_config", "franka", "franka_wrappers"},
@@ -147,6 +152,8 @@ LATE_IMPORTS = {
     "zmq": set(),
     "franky": set(),
     "pyrealsense2": set(),
+    "cv2": set(),
+    "evdev": set(),
 }
 
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
