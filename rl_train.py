@@ -178,7 +178,7 @@ def start_sac(cfg: Config, run: Run, agent: SAC, client: RewardClient | None) ->
     """The replay buffer, prior data relabelled by the reward model (RLPD), and the updates on it alone."""
     prior = None
     if cfg.algorithm.prior_folders:
-        prior, audit = prior_buffer(
+        prior = prior_buffer(
             cfg.algorithm.prior_folders,
             run.eval_envs.spec,
             client,
@@ -186,13 +186,14 @@ def start_sac(cfg: Config, run: Run, agent: SAC, client: RewardClient | None) ->
             cfg.algorithm.bootstrap_type,
             agent.device,
         )
-        run.log.log(run.step, audit.metrics("prior"))
+        run.log.log(run.step, prior.audit.metrics("prior"))
     if cfg.actor.model.norm_obs:
         if prior is None:
             raise UserError(
                 "actor.model.norm_obs takes mean and std from algorithm.prior_data: name a folder"
             )
-        agent.set_obs_stats(prior.field("obs").mean(0), prior.field("obs").std(0))
+        obs = prior.buffer.field("obs")
+        agent.set_obs_stats(obs.mean(0), obs.std(0))
     replay = Replay(cfg.algorithm, run.eval_envs.spec, prior, agent.device)
     run.buffer = replay.online
     if cfg.runner.resume_dir is not None:

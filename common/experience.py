@@ -4,16 +4,18 @@
 rules (`common.rewards`), so a transition looks the same whichever way it came.
 """
 
+import math
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from common.buffers import ReplayBuffer, mix_batches
+from common.buffers import FIELDS, ReplayBuffer, mix_batches
 from common.envs import EnvSpec, Render
 from common.episodes import Episode, list_episodes, read_episode, read_frames
 from common.judging import Look, distance_of, look_back, make_audit, make_watch, pay
@@ -83,7 +85,7 @@ class Rollout:
         transitions = {
             "obs": self.obs,
             "next_obs": step.next_obs,
-            "action": self.action,
+            "action": self.action if step.action is None else step.action.to(self.envs.device),
             "terminal": no_bootstrap(step.terminated, step.truncated, self.bootstrap_type),
         }
         self.obs = step.obs
@@ -223,9 +225,9 @@ def prior_buffer(
     cfg: RewardConfig,
     bootstrap_type: BootstrapType,
     device: torch.device,
-) -> tuple[ReplayBuffer, Audit | TrendAudit]:
+) -> "Prior":
     """Every episode in `folders`, paid as the rollout pays: by the reward model, and by the recorded env
-    reward where `env_reward_weight` is not 0. -> the buffer, and the verdicts against the recorded truth.
+    reward where `env_reward_weight` is not 0.
 
     RLPD (Ball et al., 2023) mixes such data half and half with fresh experience. UserError naming the episode
     that was not recorded in an env like `spec`, or whose frames the model does not know.
@@ -270,7 +272,30 @@ def prior_buffer(
     size, obs_dim = transitions["obs"].shape
     buffer = ReplayBuffer(size, obs_dim, transitions["action"].shape[1], device)
     buffer.add(**transitions)
-    return buffer, audit
+    return Prior(buffer, [len(part["obs"]) for part in parts], audit)
+
+
+class Prior(NamedTuple):
+    """Recorded episodes with their reward."""
+
+    buffer: ReplayBuffer
+    lengths: list[int]  # steps of each episode, in the buffer's order
+    audit: Audit | TrendAudit  # the verdicts against the recorded truth
+
+    def best(self, share: float) -> ReplayBuffer | None:
+        """The steps of the episodes that were paid most, a share of all, and more than 0; None: there is none."""
+        paid = torch.stack([reward.sum() for reward in self.buffer.reward.split(self.lengths)])
+        ranked = paid.argsort(descending=True)[: math.ceil(share * len(paid))]
+        chosen = torch.zeros(len(paid), dtype=torch.bool, device=paid.device)
+        chosen[ranked] = paid[ranked] > 0
+        steps = chosen.repeat_interleave(torch.tensor(self.lengths, device=paid.device))
+        if not steps.any():
+            return None
+        fields = {name: self.buffer.field(name)[steps] for name in FIELDS}
+        (size, obs_dim), action_dim = fields["obs"].shape, fields["action"].shape[1]
+        buffer = ReplayBuffer(size, obs_dim, action_dim, self.buffer.device)
+        buffer.add(**fields)
+        return buffer
 
 
 def _recorded_reward(client, watch, looks: list[Look], done: Tensor, cfg, audit) -> Tensor:
@@ -315,11 +340,22 @@ def _check_prior(episode: Episode, spec: EnvSpec, client: RewardClient | None) -
 class Replay:
     """SAC's experience: what the policy lived through, and prior data mixed in half and half (RLPD)."""
 
-    def __init__(self, cfg: SACConfig, spec: EnvSpec, prior: ReplayBuffer | None, device: torch.device):
-        self.cfg, self.prior = cfg, prior
+    def __init__(self, cfg: SACConfig, spec: EnvSpec, prior: Prior | None, device: torch.device):
+        self.cfg, self.prior, self.best = cfg, None, None
+        if prior is not None:
+            self.prior = prior.buffer
+            self.best = prior.best(cfg.imitation_share) if cfg.imitation_coef else None
         self.online = ReplayBuffer(cfg.buffer_size, spec.obs_dim, spec.action_dim, device)
 
     def sample(self, generator: torch.Generator) -> dict[str, Tensor]:
+        """A batch for `SAC.update`."""
+        batch = self._mixed(generator)
+        if self.best is not None:
+            best = self.best.sample(self.cfg.batch_size, generator)
+            batch |= {"best_obs": best["obs"], "best_action": best["action"]}
+        return batch
+
+    def _mixed(self, generator: torch.Generator) -> dict[str, Tensor]:
         cfg = self.cfg
         if self.prior is None:
             return self.online.sample(cfg.batch_size, generator)

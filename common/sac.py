@@ -55,6 +55,10 @@ class SACConfig:
     # folder(s) of episodes; each batch takes prior_fraction from them (RLPD)
     prior_data: str | list[str] | None = None
     prior_fraction: float = 0.5
+    # Self-imitation: a squared error to the actions of the prior episodes that were paid most, in the loss of
+    # the policy. It stays where the reward model has seen data, and finds fewer of its mistakes.
+    imitation_coef: float = 0.0
+    imitation_share: float = 0.1  # of the prior episodes, and only those that were paid more than 0
     offline_updates: int = 0  # on prior data, before the first env step
     obs_noise: float = (
         0.0  # sd of Gaussian noise on scaled observations in every update; .2 helped small data
@@ -65,13 +69,13 @@ class SACConfig:
     cudagraphs: bool = False  # and replay them as CUDA graphs (GPU only)
 
     def __post_init__(self) -> None:
-        for name in ("gamma", "tau", "prior_fraction", "ema_actor"):
+        for name in ("gamma", "tau", "prior_fraction", "ema_actor", "imitation_share"):
             if not 0 <= vars(self)[name] <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], got {vars(self)[name]}")
         for name in ("utd", "init_alpha", "alpha_lr", "max_grad_norm"):
             if vars(self)[name] is not None and vars(self)[name] <= 0:
                 raise ValueError(f"{name} must be > 0, got {vars(self)[name]}")
-        for name in ("learning_starts", "offline_updates", "obs_noise"):
+        for name in ("learning_starts", "offline_updates", "obs_noise", "imitation_coef"):
             if vars(self)[name] < 0:
                 raise ValueError(f"{name} must not be negative, got {vars(self)[name]}")
         for name in ("batch_size", "buffer_size"):
@@ -86,6 +90,8 @@ class SACConfig:
             raise ValueError(f"target_clip must be [low, high] with low < high, got {list(clip)}")
         if self.offline_updates and not self.prior_folders:
             raise ValueError(f"offline_updates is {self.offline_updates}, but prior_data names no folder")
+        if self.imitation_coef and not self.prior_folders:
+            raise ValueError(f"imitation_coef is {self.imitation_coef}, but prior_data names no folder")
 
     @property
     def prior_folders(self) -> list[str]:
@@ -171,7 +177,8 @@ class SAC:
         """One gradient step of critics, policy and alpha, then of the target (and the averaged actor).
 
         batch, on the agent's device: obs, next_obs (B, D), action (B, A), reward (B,) float, terminal (B,)
-        bool. Returns detached 0-d tensors on the device (reading one waits for the GPU: do it rarely).
+        bool; where there is something to imitate, best_obs (B, D) and best_action (B, A) too. Returns detached
+        0-d tensors on the device (reading one waits for the GPU: do it rarely).
         """
         cfg = self.cfg
         if cfg.cudagraphs:
@@ -185,7 +192,10 @@ class SAC:
 
         loss, critic_watched = self.critic_loss_function(batch, obs, next_obs, next_noise, subset)
         self.descend(loss, self.critic_optimizer)
-        loss, actor_watched = self.actor_loss_function(obs, noise)
+        best = None
+        if "best_obs" in batch:
+            best = self.noisy(batch["best_obs"]), batch["best_action"]
+        loss, actor_watched = self.actor_loss_function(obs, noise, best)
         self.descend(loss, self.actor_optimizer)
         with torch.no_grad():
             follow(self.target, self.critic, cfg.tau)
@@ -232,9 +242,12 @@ class SAC:
         loss = (q - y).square().mean(1).sum()
         return loss, torch.stack([loss, q.mean(), y.mean()]).detach()
 
-    def actor_loss(self, obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    def actor_loss(
+        self, obs: Tensor, noise: Tensor, best: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """alpha * log pi(a|s) - Q(s, a), plus alpha's own loss, (); and loss, entropy, alpha to watch (3,).
 
+        best: obs (B, D) and action (B, A) to imitate; imitation_coef * |mean(s) - a|^2 joins the loss.
         Q is the minimum of the critics as in SAC, or their mean where targets use a subset of them (REDQ).
         """
         cfg = self.cfg
@@ -244,6 +257,10 @@ class SAC:
         alpha = self.log_alpha.detach().exp()
         loss = policy_loss = (alpha * logprob - q).mean()
         entropy = -logprob.detach().mean()
+        if best is not None:
+            best_obs, best_action = best
+            off = (self.policy.mean(best_obs) - best_action).square().sum(-1)
+            loss = policy_loss = policy_loss + cfg.imitation_coef * off.mean()
         if cfg.auto_alpha:
             loss = loss + (self.log_alpha.exp() * (entropy - self.target_entropy)).sum()
         return loss, torch.stack([policy_loss.detach(), entropy, alpha.squeeze()])

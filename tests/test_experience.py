@@ -11,10 +11,11 @@ from common.agents import build_agent
 from common.async_rollout import SharedWeights
 from common.buffers import ReplayBuffer
 from common.episodes import write_episode
-from common.experience import EpisodeStats, Replay, Rollout, Transitions, prior_buffer
+from common.experience import EpisodeStats, Prior, Replay, Rollout, Transitions, prior_buffer
 from common.nets import ActorModelConfig, OptimConfig
 from common.ppo import PPOConfig
 from common.reward_client import RewardClient, RewardConfig
+from common.rewards import Audit
 from common.run import RunnerConfig
 from common.runtime import UserError
 from common.sac import SACConfig
@@ -325,7 +326,7 @@ def test_prior_data_is_paid_as_the_rollout_pays(tmp_path, mode, reward, audit):
     write(tmp_path / "mixed", 0, [90, 60, 20, 80], [True, False, False], terminated=True)
     write(tmp_path / "later", 1, [90, 10, 49], [False, False])
     cfg = reward_config(reward_mode=mode)
-    buffer, told = prior_buffer(folders, CountingEnvs([[1]]).spec, RewardClient(cfg), cfg, "standard", CPU)
+    buffer, _, told = prior_buffer(folders, CountingEnvs([[1]]).spec, RewardClient(cfg), cfg, "standard", CPU)
     torch.testing.assert_close(buffer.reward, tensor(reward, dtype=torch.float32))
     assert buffer.obs[:, 0].tolist() == [0, 1, 2, 10, 11]
     assert buffer.next_obs[:, 0].tolist() == [1, 2, 3, 11, 12]
@@ -340,11 +341,11 @@ def test_prior_data_is_paid_as_the_rollout_pays(tmp_path, mode, reward, audit):
 def test_prior_data_paid_by_the_recorded_env_reward(tmp_path):
     write(tmp_path, 0, [90, 60, 80], [False, True])
     cfg = reward_config(env_reward_weight=2.0)
-    buffer, _ = prior_buffer([str(tmp_path)], SPEC, RewardClient(cfg), cfg, "none", CPU)
+    buffer, _, _ = prior_buffer([str(tmp_path)], SPEC, RewardClient(cfg), cfg, "none", CPU)
     torch.testing.assert_close(buffer.reward, tensor([2.0, 4.8]))
     assert buffer.terminal.tolist() == [False, True]
     cfg = RewardConfig(env_reward_weight=1.0)
-    buffer, _ = prior_buffer([str(tmp_path)], SPEC, None, cfg, "none", CPU)
+    buffer, _, _ = prior_buffer([str(tmp_path)], SPEC, None, cfg, "none", CPU)
     assert buffer.reward.tolist() == [1.0, 2.0]
 
 
@@ -378,7 +379,7 @@ def test_replay_mixes_prior_data_half_and_half():
 
     cfg = SACConfig(batch_size=10, prior_fraction=0.3, buffer_size=4)
     generator = torch.Generator()
-    replay = Replay(cfg, SPEC, buffer_of(1.0), CPU)
+    replay = Replay(cfg, SPEC, Prior(buffer_of(1.0), [2], Audit()), CPU)
     assert replay.ready
     assert replay.sample(generator)["obs"][:, 0].tolist() == [1.0] * 10  # nothing lived through yet
     replay.online = buffer_of(0.0)
@@ -387,6 +388,29 @@ def test_replay_mixes_prior_data_half_and_half():
     assert not replay.ready
     replay.online = buffer_of(0.0)
     assert replay.sample(generator)["obs"][:, 0].tolist() == [0.0] * 10
+
+
+def test_the_episodes_that_were_paid_most_are_imitated():
+    """Five of 2 steps, told apart by their obs; paid 1, 0, 3, -1 and 2."""
+    buffer = ReplayBuffer(10, 3, 2)
+    number = torch.arange(5.0).repeat_interleave(2)
+    reward = torch.tensor([1.0, 0, 0, 0, 1, 2, 1, -2, 0, 2])
+    buffer.add(
+        number[:, None].expand(10, 3), torch.zeros(10, 3), number[:, None].expand(10, 2), reward, number > 9
+    )
+    prior = Prior(buffer, [2] * 5, Audit())
+    assert prior.best(0.4).obs[:, 0].tolist() == [2, 2, 4, 4]
+    assert prior.best(0.21).obs[:, 0].tolist() == [2, 2, 4, 4]
+    assert prior.best(1.0).obs[:, 0].tolist() == [0, 0, 2, 2, 4, 4]  # nobody imitates what was paid nothing
+    replay = Replay(SACConfig(batch_size=8, imitation_coef=1.0, prior_data="x"), SPEC, prior, CPU)
+    batch = replay.sample(torch.Generator())
+    assert set(batch["best_obs"][:, 0].tolist()) == {2.0}  # a tenth, rounded up
+    torch.testing.assert_close(batch["best_action"], batch["best_obs"][:, :2])
+    assert "best_obs" not in Replay(SACConfig(batch_size=8), SPEC, prior, CPU).sample(torch.Generator())
+    buffer.reward.zero_()  # the control that is paid nothing
+    assert prior.best(1.0) is None
+    nothing = Replay(SACConfig(batch_size=8, imitation_coef=1.0, prior_data="x"), SPEC, prior, CPU)
+    assert "best_obs" not in nothing.sample(torch.Generator())
 
 
 # ----------------------------------------------------------------------------------------------------

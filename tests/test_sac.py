@@ -152,6 +152,21 @@ def test_update_matches_slow_reference(float64):
     assert sac.log_alpha.item() == pytest.approx(math.log(0.2) - 3e-4 * sign, abs=1e-6)
 
 
+def test_imitation_adds_a_squared_error_of_the_mean_action():
+    sac, batch = make_sac(imitation_coef=3.0, prior_data="x"), make_batch()
+    best_obs, best_action = batch["next_obs"], batch["action"]
+    noise = torch.zeros(BATCH, ACTION_DIM)
+    plain, _ = sac.actor_loss(batch["obs"], noise)
+    pulled, watched = sac.actor_loss(batch["obs"], noise, (best_obs, best_action))
+    off = sum((sac.policy.mean(best_obs[i : i + 1])[0] - best_action[i]).square().sum() for i in range(BATCH))
+    torch.testing.assert_close(pulled - plain, 3.0 * off / BATCH)
+    before = float(off.detach() / BATCH)
+    for _ in range(300):
+        sac.update(batch | {"best_obs": best_obs, "best_action": best_action})
+    after = (sac.policy.mean(best_obs) - best_action).square().sum(-1).mean()
+    assert float(after) < 0.1 * before
+
+
 def test_frozen_critic_passes_gradients_to_actions_only():
     sac = make_sac()
     batch = make_batch()
@@ -218,8 +233,11 @@ def test_ema_actor_evaluates_and_policy_explores():
         ({"critic_subset": 3}, "critic_subset"),
         ({"target_clip": (1.0, 0.0)}, "low < high"),
         ({"offline_updates": 5}, "prior_data names no folder"),
+        ({"imitation_coef": 1.0}, "prior_data names no folder"),
+        ({"imitation_coef": -1.0}, "imitation_coef must not be negative"),
+        ({"imitation_share": 1.5}, r"imitation_share must lie in \\[0, 1\\]"),
         ({"utd": 0}, "utd must be > 0"),
-    ],
+        ({"imitation_share": 1.5}, r"imitation_share must lie in \[0, 1\]"),
 )
 def test_config_checks_itself(wrong, message):
     with pytest.raises(ValueError, match=message):

@@ -160,7 +160,7 @@ def test_prior_data_is_paid_as_the_rollout_pays(tmp_path, assign):
     write(tmp_path, 1, [0, 5, 6], [False] * 2)
     cfg = window_config(history_reward_assign=assign)
     spec = CountingEnvs([[1]]).spec
-    buffer, audit = prior_buffer([str(tmp_path)], spec, RewardClient(cfg), cfg, "standard", CPU)
+    buffer, _, audit = prior_buffer([str(tmp_path)], spec, RewardClient(cfg), cfg, "standard", CPU)
     expected = [1, 2, 0, -1, 0, 1, 1] if assign else [0, 1, 1, -1, 0, 0, 1]
     assert buffer.reward.tolist() == expected
     assert audit.metrics("prior")["prior/positive_share"] == 3 / 5
