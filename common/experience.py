@@ -283,7 +283,7 @@ class Prior(NamedTuple):
     audit: Audit | TrendAudit  # the verdicts against the recorded truth
 
     def best(self, share: float) -> ReplayBuffer | None:
-        """The steps of the episodes that were paid most, a share of all, and more than 0; None: there is none."""
+        """The steps of the episodes paid most, a share of all, and more than 0; None: there is none."""
         paid = torch.stack([reward.sum() for reward in self.buffer.reward.split(self.lengths)])
         ranked = paid.argsort(descending=True)[: math.ceil(share * len(paid))]
         chosen = torch.zeros(len(paid), dtype=torch.bool, device=paid.device)

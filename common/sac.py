@@ -177,8 +177,8 @@ class SAC:
         """One gradient step of critics, policy and alpha, then of the target (and the averaged actor).
 
         batch, on the agent's device: obs, next_obs (B, D), action (B, A), reward (B,) float, terminal (B,)
-        bool; where there is something to imitate, best_obs (B, D) and best_action (B, A) too. Returns detached
-        0-d tensors on the device (reading one waits for the GPU: do it rarely).
+        bool; where there is something to imitate, best_obs (B, D) and best_action (B, A) too. Returns
+        detached 0-d tensors on the device (reading one waits for the GPU: do it rarely).
         """
         cfg = self.cfg
         if cfg.cudagraphs:

@@ -235,9 +235,9 @@ def test_ema_actor_evaluates_and_policy_explores():
         ({"offline_updates": 5}, "prior_data names no folder"),
         ({"imitation_coef": 1.0}, "prior_data names no folder"),
         ({"imitation_coef": -1.0}, "imitation_coef must not be negative"),
-        ({"imitation_share": 1.5}, r"imitation_share must lie in \\[0, 1\\]"),
-        ({"utd": 0}, "utd must be > 0"),
         ({"imitation_share": 1.5}, r"imitation_share must lie in \[0, 1\]"),
+        ({"utd": 0}, "utd must be > 0"),
+    ],
 )
 def test_config_checks_itself(wrong, message):
     with pytest.raises(ValueError, match=message):
