@@ -157,7 +157,7 @@ def test_imitation_adds_a_squared_error_of_the_mean_action():
     best_obs, best_action = batch["next_obs"], batch["action"]
     noise = torch.zeros(BATCH, ACTION_DIM)
     plain, _ = sac.actor_loss(batch["obs"], noise)
-    pulled, watched = sac.actor_loss(batch["obs"], noise, (best_obs, best_action))
+    pulled, _ = sac.actor_loss(batch["obs"], noise, (best_obs, best_action))
     off = sum((sac.policy.mean(best_obs[i : i + 1])[0] - best_action[i]).square().sum() for i in range(BATCH))
     torch.testing.assert_close(pulled - plain, 3.0 * off / BATCH)
     before = float(off.detach() / BATCH)
