@@ -160,14 +160,36 @@ class KeyboardRewardMultiStage(KeyboardReward):
         return -1.0 if key == "q" else STAGE_REWARD[self._stage], self._stage == "c"
 
 
-class RewardModelSuccess(gymnasium.Wrapper):
+class RewardModelVerdict(gymnasium.Wrapper):
+    """The reward model looks on: info gets success_prob (float, or None where it is late) and verdict (bool).
+
+    judge(frames) -> success_prob, or None; a late verdict is no success.
+    """
+
+    def __init__(self, env: gymnasium.Env, judge: Judge, threshold: float):
+        super().__init__(env)
+        self.judge, self.threshold = judge, threshold
+
+    def step(self, action: np.ndarray):
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        prob = self.judge(obs["frames"])
+        info |= {"success_prob": prob, "verdict": self._says_success(prob)}
+        return obs, reward, terminated, truncated, info
+
+    def _says_success(self, prob: float | None) -> bool:
+        if prob is None:
+            return False
+        key = torch.zeros(1, dtype=torch.long)  # the project's one comparison is made for many frames
+        return bool(Verdicts.judge(key, torch.tensor([prob]), self.threshold).success)
+
+
+class RewardModelSuccess(RewardModelVerdict):
     """The reward model pays and ends episodes, in place of the target pose (`standalone_realworld`).
 
-    success = hold_k of the last hold_n steps had success_prob >= threshold (and, with require_in_zone, the
-    gripper at the target pose). It pays 1, less what the step cost for the gripper, and ends the episode.
-    judge(frames) -> success_prob, or None where it is late: such a step counts as no success.
+    success = hold_k of the last hold_n steps had a verdict of success (and, with require_in_zone, the gripper
+    at the target pose). It pays 1, less what the step cost for the gripper, and ends the episode.
 
-    info: success_prob (float or None), success (bool), true_success (bool: at the target pose now).
+    info, besides: success (bool), true_success (bool: at the target pose now).
     """
 
     def __init__(
@@ -179,11 +201,10 @@ class RewardModelSuccess(gymnasium.Wrapper):
         hold_n: int = 1,
         require_in_zone: bool = False,
     ):
-        super().__init__(env)
+        super().__init__(env, judge, threshold)
         if not 1 <= hold_k <= hold_n:
             raise ValueError(f"hold_k of hold_n steps needs 1 <= hold_k <= hold_n, got {hold_k} of {hold_n}")
-        self.judge, self.threshold, self.require_in_zone = judge, threshold, require_in_zone
-        self.hold_k = hold_k
+        self.require_in_zone, self.hold_k = require_in_zone, hold_k
         self._held = deque(maxlen=hold_n)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None):
@@ -191,18 +212,11 @@ class RewardModelSuccess(gymnasium.Wrapper):
         return self.env.reset(seed=seed, options=options)
 
     def step(self, action: np.ndarray):
-        obs, _, _, truncated, info = self.env.step(action)
-        prob = self.judge(obs["frames"])
-        self._held.append(self._says_success(prob) and (info["in_zone"] or not self.require_in_zone))
+        obs, _, _, truncated, info = super().step(action)
+        self._held.append(info["verdict"] and (info["in_zone"] or not self.require_in_zone))
         success = sum(self._held) >= self.hold_k
-        info |= {"success_prob": prob, "success": success, "true_success": info["in_zone"]}
+        info |= {"success": success, "true_success": info["in_zone"]}
         return obs, float(success) - info["gripper_penalty"], success, truncated, info
-
-    def _says_success(self, prob: float | None) -> bool:
-        if prob is None:
-            return False
-        key = torch.zeros(1, dtype=torch.long)  # the project's one comparison is made for many frames
-        return bool(Verdicts.judge(key, torch.tensor([prob]), self.threshold).success)
 
 
 # ----------------------------------------------------------------------------------------------------
