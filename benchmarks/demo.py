@@ -55,7 +55,7 @@ def run_stage(command: list[str]) -> float:
     """Print and run one command from the checkout. -> seconds."""
     print(f"\n$ python {shlex.join(command)}", flush=True)
     start = time.perf_counter()
-    # Threads that wait for each other sleep: where others use the cores too, spinning costs ten times as much.
+    # Threads that wait for each other sleep: where others use the cores too, spinning costs ten times more.
     env = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
     with subprocess.Popen([sys.executable, *command], cwd=ROOT, env=env) as process:
         try:
