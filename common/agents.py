@@ -8,6 +8,7 @@ from common.checkpoint import load_checkpoint
 from common.config import from_dict, to_dict
 from common.envs import EnvSpec
 from common.nets import ActorModelConfig, OptimConfig
+from common.pixels import state_dim
 from common.ppo import PPO, PPOConfig
 from common.runtime import UserError
 from common.sac import SAC, SACConfig
@@ -22,8 +23,13 @@ def build_agent(
     spec: EnvSpec,
     device: torch.device,
 ) -> PPO | SAC:
-    agent = PPO if algorithm.name == "ppo" else SAC
-    return agent(spec.obs_dim, spec.action_dim, algorithm, model, optim, device)
+    """UserError where PPO is to see pixels, which it cannot."""
+    if algorithm.name == "sac":
+        width = state_dim(spec)
+        return SAC(spec.obs_dim, spec.action_dim, algorithm, model, optim, device, state_dim=width)
+    if model.pixels is not None:
+        raise UserError("actor.model.pixels is for SAC; PPO sees the state alone: set it to null")
+    return PPO(spec.obs_dim, spec.action_dim, algorithm, model, optim, device)
 
 
 def agent_meta(

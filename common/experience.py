@@ -8,6 +8,7 @@ import math
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +20,7 @@ from common.buffers import FIELDS, ReplayBuffer, mix_batches
 from common.envs import EnvSpec, Render
 from common.episodes import Episode, list_episodes, read_episode, read_frames
 from common.judging import Look, distance_of, look_back, make_audit, make_watch, pay
+from common.pixels import seen_views, state_dim, to_pixels
 from common.reward_client import RewardClient, RewardConfig
 from common.rewards import Audit, BootstrapType, TrendAudit, combine_reward, no_bootstrap
 from common.runtime import UserError
@@ -255,10 +257,11 @@ def prior_buffer(
                 look.data = {}
                 looks.append(look)
         terminated, truncated = (torch.from_numpy(x[1:]) for x in (episode.terminated, episode.truncated))
+        obs = _with_pixels(states, path, spec)
         parts.append(
             {
-                "obs": states[:-1],
-                "next_obs": states[1:],
+                "obs": obs[:-1],
+                "next_obs": obs[1:],
                 "action": torch.from_numpy(episode.actions),
                 "env_reward": torch.from_numpy(episode.rewards[1:]),
                 "done": torch.arange(episode.length) == episode.length - 1,
@@ -298,6 +301,18 @@ class Prior(NamedTuple):
         return buffer
 
 
+def _with_pixels(states: Tensor, path: Path, spec: EnvSpec) -> Tensor:
+    """obs (T+1, D) as envs of `spec` give them, of the states (T+1, S) and frames of a recorded episode."""
+    views = seen_views(spec)
+    if not views:
+        return states
+    start, stop = spec.obs_layout[views[0]]
+    side = math.isqrt((stop - start) // 3)
+    steps = range(len(states))
+    frames = {view: torch.from_numpy(np.stack(read_frames(path, view, steps))) for view in views}
+    return torch.cat([states, to_pixels(frames, views, side)], dim=1)
+
+
 def _recorded_reward(client, watch, looks: list[Look], done: Tensor, cfg, audit) -> Tensor:
     """model_reward (T,) of recorded steps, whose looks have been submitted in order."""
     truth = torch.cat([look.truth for look in looks])
@@ -320,7 +335,7 @@ def _check_prior(episode: Episode, spec: EnvSpec, client: RewardClient | None) -
         )
     if episode.task not in (None, spec.task):
         raise UserError(f"{where} was recorded in the task '{episode.task}'; the env here is {spec.task}")
-    theirs, ours = (episode.states.shape[1], episode.actions.shape[1]), (spec.obs_dim, spec.action_dim)
+    theirs, ours = (episode.states.shape[1], episode.actions.shape[1]), (state_dim(spec), spec.action_dim)
     if theirs != ours:
         raise UserError(
             f"{where} has states of {theirs[0]} and actions of {theirs[1]} numbers, the env here of "

@@ -18,6 +18,7 @@ ACTIVATIONS = {"tanh": torch.tanh, "relu": torch.relu}
 HIDDEN_GAIN = math.sqrt(2)  # orthogonal init of hidden layers, as CleanRL and the reference
 STD_FLOOR = 1e-2  # metres, radians: what varies less than this in the data is noise to a policy, not signal
 LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0  # range of SAC's log-std, as CleanRL
+NUM_FILTERS, NUM_PIXEL_FEATURES = 32, 50  # of the pixel encoder, as SAC+AE, DrQ
 
 
 @dataclass
@@ -28,10 +29,13 @@ class ActorModelConfig:
     activation: Literal["tanh", "relu"] | None = None  # null: tanh for PPO, relu for SAC
     log_std_init: float = -0.5  # PPO: start of its state-independent log-std; SAC's comes from the network
     norm_obs: bool = False  # scale observations by a fixed mean and std, set once from data
+    pixels: int | None = None  # SAC: side of the square picture it sees of each view (32, 64); null: none
 
     def __post_init__(self) -> None:
         if not self.hidden_dims or min(self.hidden_dims) < 1:
             raise ValueError(f"hidden_dims must list sizes of at least 1, got {self.hidden_dims}")
+        if self.pixels is not None and self.pixels < 8:
+            raise ValueError(f"pixels must be at least 8, or null for the state alone, got {self.pixels}")
 
 
 @dataclass
@@ -95,6 +99,60 @@ class MLP(nn.Module):
         for layer in self.layers[:-1]:
             x = self.activation(layer(x))
         return self.layers[-1](x)
+
+
+class PixelEncoder(nn.Module):
+    """(B, S + V * side * side * 3) -> (B, S + NUM_PIXEL_FEATURES): the state as it is, pictures as features.
+
+    An observation is the state, then V pictures of floats in [0, 1], each row by row, RGB last. Convolutions
+    of 3x3, all views through the same ones, then Linear, LayerNorm and tanh over the views together, as in
+    SAC+AE (Yarats et al. 2019, arXiv:1910.01741) and DrQ (Kostrikov et al. 2020, arXiv:2004.13649), but all
+    convolutions save the last have stride 2: a fifth of the work at 64 pixels, so that CPUs do it.
+    """
+
+    def __init__(self, obs_dim: int, state_dim: int, side: int) -> None:
+        """ValueError unless whole pictures follow the state."""
+        super().__init__()
+        self.state_dim, self.side = state_dim, side
+        self.num_views, rest = divmod(obs_dim - state_dim, 3 * side * side)
+        if self.num_views < 1 or rest:
+            raise ValueError(
+                f"{obs_dim} numbers, {state_dim} of them state, hold no whole pictures of {side} x {side}"
+            )
+        channels, convolutions = 3, []
+        while side > 8:
+            convolutions.append(nn.Conv2d(channels, NUM_FILTERS, 3, stride=2, padding=1))
+            channels, side = NUM_FILTERS, (side + 1) // 2
+        convolutions.append(nn.Conv2d(channels, NUM_FILTERS, 3))
+        self.convolutions = nn.ModuleList(convolutions)
+        self.linear = nn.Linear(self.num_views * NUM_FILTERS * (side - 2) ** 2, NUM_PIXEL_FEATURES)
+        self.layer_norm = nn.LayerNorm(NUM_PIXEL_FEATURES)
+        for layer in (*self.convolutions, self.linear):
+            nn.init.orthogonal_(layer.weight, 1.0 if layer is self.linear else HIDDEN_GAIN)
+            nn.init.zeros_(layer.bias)
+
+    @property
+    def out_dim(self) -> int:
+        return self.state_dim + NUM_PIXEL_FEATURES
+
+    def pictures(self, obs: Tensor) -> Tensor:
+        """(B * V, side, side, 3)"""
+        return obs[:, self.state_dim :].reshape(-1, self.side, self.side, 3)
+
+    def shifted(self, obs: Tensor, shift: Tensor) -> Tensor:
+        """obs, each picture moved by shift (B * V, 2) int64 pixels; what comes in repeats the border."""
+        pictures, place = self.pictures(obs), torch.arange(self.side, device=obs.device)
+        rows, columns = ((place + by[:, None]).clamp(0, self.side - 1) for by in shift.unbind(1))
+        number = torch.arange(len(pictures), device=obs.device)[:, None, None]
+        moved = pictures[number, rows[:, :, None], columns[:, None, :]]
+        return torch.cat([obs[:, : self.state_dim], moved.reshape(len(obs), -1)], dim=1)
+
+    def forward(self, obs: Tensor) -> Tensor:
+        x = self.pictures(obs).permute(0, 3, 1, 2) - 0.5
+        for convolution in self.convolutions:
+            x = F.relu(convolution(x))
+        x = self.linear(x.reshape(len(obs), -1))
+        return torch.cat([obs[:, : self.state_dim], torch.tanh(self.layer_norm(x))], dim=1)
 
 
 class GaussianPolicy(nn.Module):

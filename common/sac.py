@@ -3,6 +3,9 @@ prior data: LayerNorm critics, high update ratios and mixed batches (RLPD, Ball 
 arXiv:2302.02948), and against overfitting to a few successful episodes noise on observations, weight decay
 and an averaged actor for evaluation.
 
+Policies of pixels go the way of DrQ-v2 (Yarats et al. 2021, arXiv:2107.09645): one encoder, which the loss of
+the critics alone trains; actor and target critics see its present features without a gradient.
+
 `SAC.update` is one gradient step of everything on one batch. It never waits for a GPU, and its randomness
 comes from the agent's own generator alone.
 """
@@ -20,6 +23,7 @@ from common.nets import (
     CriticEnsemble,
     ObsNorm,
     OptimConfig,
+    PixelEncoder,
     SquashedGaussianPolicy,
     compiled,
     cpu_copy,
@@ -63,6 +67,7 @@ class SACConfig:
     obs_noise: float = (
         0.0  # sd of Gaussian noise on scaled observations in every update; .2 helped small data
     )
+    pixel_shift: int = 0  # pictures move by up to so many pixels, anew in every update (DrQ: 4 of 84)
     ema_actor: float = 0.0  # rate of an averaged actor used for evaluation (.005); 0 = off
     max_grad_norm: float | None = None
     compile: bool = False  # torch.compile the losses
@@ -75,7 +80,7 @@ class SACConfig:
         for name in ("utd", "init_alpha", "alpha_lr", "max_grad_norm"):
             if vars(self)[name] is not None and vars(self)[name] <= 0:
                 raise ValueError(f"{name} must be > 0, got {vars(self)[name]}")
-        for name in ("learning_starts", "offline_updates", "obs_noise", "imitation_coef"):
+        for name in ("learning_starts", "offline_updates", "obs_noise", "pixel_shift", "imitation_coef"):
             if vars(self)[name] < 0:
                 raise ValueError(f"{name} must not be negative, got {vars(self)[name]}")
         for name in ("batch_size", "buffer_size"):
@@ -99,7 +104,11 @@ class SACConfig:
 
 
 class SAC:
-    """Squashed Gaussian policy, critic ensemble with its target, temperature alpha, and their optimisers."""
+    """Squashed Gaussian policy, critic ensemble with its target, temperature alpha, and their optimisers.
+
+    With `model.pixels` the first `state_dim` numbers of an observation are the state and the rest is pictures
+    (see `PixelEncoder`); scale and noise are for the state alone.
+    """
 
     def __init__(
         self,
@@ -109,28 +118,40 @@ class SAC:
         model: ActorModelConfig,
         optim: OptimConfig,
         device: torch.device | str = "cpu",
+        state_dim: int | None = None,
     ) -> None:
         self.cfg = cfg = algorithm
         self.device = torch.device(device)
         self.action_dim = action_dim
+        self.state_dim = obs_dim if state_dim is None else state_dim
+        if model.pixels is None and self.state_dim != obs_dim:
+            raise ValueError(
+                f"of {obs_dim} numbers {self.state_dim} are the state, and nobody sees the others"
+            )
         activation = model.activation or "relu"
-        self.norm = ObsNorm(obs_dim).to(self.device)
-        self.policy = SquashedGaussianPolicy(obs_dim, action_dim, model.hidden_dims, activation).to(
+        self.norm = ObsNorm(self.state_dim).to(self.device)
+        self.encoder, in_dim = nn.Identity(), obs_dim
+        if model.pixels is not None:
+            self.encoder = PixelEncoder(obs_dim, self.state_dim, model.pixels).to(self.device)
+            in_dim = self.encoder.out_dim
+        self.policy = SquashedGaussianPolicy(in_dim, action_dim, model.hidden_dims, activation).to(
             self.device
         )
         self.critic = CriticEnsemble(
-            cfg.num_critics, obs_dim + action_dim, model.hidden_dims, activation, cfg.critic_layer_norm
+            cfg.num_critics, in_dim + action_dim, model.hidden_dims, activation, cfg.critic_layer_norm
         ).to(self.device)
         self.target = copy.deepcopy(self.critic).requires_grad_(False)
         self.ema_policy = copy.deepcopy(self.policy).requires_grad_(False) if cfg.ema_actor else None
+        self.ema_encoder = copy.deepcopy(self.encoder).requires_grad_(False) if cfg.ema_actor else None
         self.log_alpha = torch.tensor(
             [math.log(cfg.init_alpha)], device=self.device, requires_grad=cfg.auto_alpha
         )
         self.target_entropy = -float(action_dim) if cfg.target_entropy is None else cfg.target_entropy
 
         decay = optim.weight_decay
+        seeing = [*self.critic.parameters(), *self.encoder.parameters()]
         self.critic_optimizer = torch.optim.AdamW(
-            self.critic.parameters(), lr=optim.value_lr, eps=optim.eps, weight_decay=decay, fused=True
+            seeing, lr=optim.value_lr, eps=optim.eps, weight_decay=decay, fused=True
         )
         # Policy and alpha never meet in one gradient, so one optimiser and one backward pass serve both.
         groups = [{"params": list(self.policy.parameters()), "lr": optim.lr, "weight_decay": decay}]
@@ -146,23 +167,28 @@ class SAC:
         """The policy to evaluate: the averaged one if `ema_actor` is on."""
         return self.policy if self.ema_policy is None else self.ema_policy
 
+    @property
+    def eval_encoder(self) -> nn.Module:
+        """The encoder that `eval_actor` belongs to."""
+        return self.encoder if self.ema_encoder is None else self.ema_encoder
+
     def set_obs_stats(self, mean: Tensor, std: Tensor) -> None:
-        """Scale observations by mean and std (D,) from now on: once, before the first update."""
-        self.norm.set(mean, std)
+        """Scale observations by mean and std (D,) from now on: once, before the first update. Pixels stay."""
+        self.norm.set(mean[: self.state_dim], std[: self.state_dim])
 
     @torch.no_grad()
     def act(self, obs: Tensor, deterministic: bool = False) -> Tensor:
         """obs (N, D) -> action (N, A) in [-1, 1]. `deterministic`: the mean of `eval_actor`; else a sample of
         the policy that is being trained."""
-        obs = self.norm(obs.to(self.device))
+        obs = self.scaled(obs.to(self.device))
         if deterministic:
-            return self.eval_actor.mean(obs)
-        return self.policy.sample(obs, self.draw(len(obs), self.action_dim))[0]
+            return self.eval_actor.mean(self.eval_encoder(obs))
+        return self.policy.sample(self.encoder(obs), self.draw(len(obs), self.action_dim))[0]
 
     @torch.no_grad()
     def value(self, obs: Tensor) -> Tensor:
         """obs (N, D) -> (N,): what the critics expect, the lowest of them, of the policy's mean action."""
-        obs = self.norm(obs.to(self.device))
+        obs = self.encoder(self.scaled(obs.to(self.device)))
         return self.critic(obs, self.policy.mean(obs)).amin(0)
 
     def draw(self, rows: int, columns: int) -> Tensor:
@@ -174,7 +200,7 @@ class SAC:
     # -- one update ----------------------------------------------------------------------------------------
 
     def update(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """One gradient step of critics, policy and alpha, then of the target (and the averaged actor).
+        """One gradient step of critics (and encoder), policy and alpha, then of target and averaged actor.
 
         batch, on the agent's device: obs, next_obs (B, D), action (B, A), reward (B,) float, terminal (B,)
         bool; where there is something to imitate, best_obs (B, D) and best_action (B, A) too. Returns
@@ -183,7 +209,9 @@ class SAC:
         cfg = self.cfg
         if cfg.cudagraphs:
             torch.compiler.cudagraph_mark_step_begin()
-        obs, next_obs = self.noisy(batch["obs"]), self.noisy(batch["next_obs"])
+        obs = self.encoder(self.noisy(batch["obs"]))
+        with torch.no_grad():
+            next_obs = self.encoder(self.noisy(batch["next_obs"]))
         next_noise, noise = self.draw(len(obs), 2 * self.action_dim).chunk(2, dim=-1)
         subset = None
         if cfg.critic_subset < cfg.num_critics:
@@ -194,21 +222,39 @@ class SAC:
         self.descend(loss, self.critic_optimizer)
         best = None
         if "best_obs" in batch:
-            best = self.noisy(batch["best_obs"]), batch["best_action"]
-        loss, actor_watched = self.actor_loss_function(obs, noise, best)
+            with torch.no_grad():
+                best = self.encoder(self.noisy(batch["best_obs"])), batch["best_action"]
+        loss, actor_watched = self.actor_loss_function(obs.detach(), noise, best)
         self.descend(loss, self.actor_optimizer)
         with torch.no_grad():
             follow(self.target, self.critic, cfg.tau)
             if self.ema_policy is not None:
                 follow(self.ema_policy, self.policy, cfg.ema_actor)
+                follow(self.ema_encoder, self.encoder, cfg.ema_actor)
 
         names = ("critic_loss", "q", "q_target", "actor_loss", "entropy", "alpha")
         return dict(zip(names, torch.cat([critic_watched, actor_watched]).unbind(), strict=True))
 
+    def scaled(self, obs: Tensor) -> Tensor:
+        """obs (B, D), the state among it scaled."""
+        return self.beside_pixels(self.norm(obs[:, : self.state_dim]), obs)
+
     def noisy(self, obs: Tensor) -> Tensor:
-        """Scaled observations with `obs_noise` on them."""
-        obs = self.norm(obs)
-        return obs + self.cfg.obs_noise * self.draw(*obs.shape) if self.cfg.obs_noise else obs
+        """`scaled`, with `obs_noise` on the state and pictures moved by up to `pixel_shift`."""
+        state = self.norm(obs[:, : self.state_dim])
+        if self.cfg.obs_noise:
+            state = state + self.cfg.obs_noise * self.draw(*state.shape)
+        obs, most = self.beside_pixels(state, obs), self.cfg.pixel_shift
+        if not most or not isinstance(self.encoder, PixelEncoder):
+            return obs
+        size = len(obs) * self.encoder.num_views, 2
+        shift = torch.randint(-most, most + 1, size, generator=self.generator, device=self.device)
+        return self.encoder.shifted(obs, shift)
+
+    def beside_pixels(self, state: Tensor, obs: Tensor) -> Tensor:
+        """obs with another state."""
+        pixels = obs[:, self.state_dim :]
+        return torch.cat([state, pixels], dim=1) if pixels.shape[1] else state
 
     @torch.no_grad()
     def target_q(
@@ -278,22 +324,28 @@ class SAC:
         """What a rollout process needs to act, on the CPU and detached from training."""
         return {
             "norm": cpu_copy(self.norm),
+            "encoder": cpu_copy(self.encoder),
             "policy": cpu_copy(self.policy),
+            "eval_encoder": cpu_copy(self.eval_encoder),
             "eval_policy": cpu_copy(self.eval_actor),
         }
 
     def load_actor_state(self, state: dict[str, dict[str, Tensor]]) -> None:
         """Take over the weights of an `actor_state`."""
         self.norm.load_state_dict(state["norm"])
+        self.encoder.load_state_dict(state.get("encoder", {}))  # older checkpoints are of the state alone
         self.policy.load_state_dict(state["policy"])
         if self.ema_policy is not None:
             self.ema_policy.load_state_dict(state["eval_policy"])
+            self.ema_encoder.load_state_dict(state.get("eval_encoder", {}))
 
     def state_dict(self) -> dict:
         """Everything needed to go on (less the replay buffer): tensors and plain containers only."""
         return {
             "norm": self.norm.state_dict(),
+            "encoder": self.encoder.state_dict(),
             "policy": self.policy.state_dict(),
+            "eval_encoder": self.eval_encoder.state_dict(),
             "eval_policy": self.eval_actor.state_dict(),
             "critic": self.critic.state_dict(),
             "target": self.target.state_dict(),
@@ -319,4 +371,5 @@ class SAC:
 
 def follow(average: nn.Module, module: nn.Module, rate: float) -> None:
     """average += rate * (module - average), for all parameters in one call."""
-    torch._foreach_lerp_(list(average.parameters()), list(module.parameters()), rate)
+    if parameters := list(average.parameters()):
+        torch._foreach_lerp_(parameters, list(module.parameters()), rate)
