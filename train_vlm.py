@@ -74,6 +74,8 @@ class DataConfig:
             raise ValueError(f"random_shift must be at least 0, got {self.random_shift}")
         if not 0 <= self.random_reverse <= 1:
             raise ValueError(f"random_reverse must be in [0, 1], got {self.random_reverse}")
+        if self.frames == "last" and self.random_reverse:
+            raise ValueError("a last frame alone has no direction: frames: last needs random_reverse: 0")
 
 
 @dataclass

@@ -50,7 +50,8 @@ def stages(folder: str, seed: int) -> dict[str, list[str]]:
     windows += ["--natural-eval", "--no-balance-labels", "--no-reverse-positive-as-negative"]
     windows += ["--prompt-template", "{task}?"]
     vlm = ["train_vlm.py", "configs/demo_trend_vlm.yaml", *train, f"runner.logger.log_path={folder}/vlm"]
-    last = ["train_vlm.py", "configs/demo_trend_vlm.yaml", *train, "data.frames=last"]
+    # Its best chance: drawn as often as they are, it says unclear to all.
+    last = [*vlm[:-1], "data.frames=last", "data.random_reverse=0", "data.balance_labels=true"]
     return {
         "make the model": ["benchmarks/tiny_qwen.py", f"{folder}/tiny_qwen", "--seed", str(seed)],
         "collect": ["collect.py", "configs/demo_trend_collect.yaml", *collect],

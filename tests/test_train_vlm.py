@@ -274,6 +274,7 @@ def test_unfit_input(data, tiny_qwen, tmp_path, what):
     [
         ("actor.micro_batch_size=3", "multiple of micro_batch_size"),
         ("data.random_shift=-1", "random_shift must be at least 0"),
+        ("data={frames: last, random_reverse: 0.5}", "a last frame alone has no direction"),
         ("data.frames=first", "must be one of 'all', 'last'"),
         ("actor.model.lora_rank=0", "lora_rank must be at least 1"),
         ("runner.max_steps=0", "max_steps and val_check_interval must be at least 1"),
