@@ -62,6 +62,7 @@ class Step:
     frame_ids: torch.Tensor  # (M,) int64
     reset_frames: dict[str, torch.Tensor]  # view -> (R, H, W, 3) uint8 of obs, for the R envs in reset_ids
     reset_ids: torch.Tensor  # (R,) int64: finished envs under Render.RECORD
+    action: torch.Tensor | None = None  # (N, A) executed, where somebody may have taken over; None: as given
 
     @property
     def done(self) -> torch.Tensor:

@@ -88,6 +88,7 @@ class DataCollectionConfig:
 
 @dataclass
 class EnvConfig:
+    env_type: Literal["maniskill"] = "maniskill"  # realworld: an arm, see common/franka_config.py
     task: str = "PickCube-v1"  # any registered ManiSkill task
     num_envs: int = 2
     num_workers: int | None = (

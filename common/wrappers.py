@@ -49,13 +49,14 @@ class EpisodeRecorder:
         info = {key: value.tolist() for key, value in step.info.items()} | self._geometry(step.next_obs)
         first_info = self._geometry(step.obs) if any(done) else {}
         next_obs, obs = step.next_obs.cpu(), step.obs.cpu()
+        executed = self._action if step.action is None else step.action.cpu().numpy()
         frames = {view: images.cpu() for view, images in step.frames.items()}
         reset_frames = {view: images.cpu() for view, images in step.reset_frames.items()}
         first_frame = {env: row for row, env in enumerate(step.reset_ids.tolist())}
         for i in range(self.num_envs):
             episode = self._episodes[i]
             episode["observations"].append(self._observation(next_obs[i], frames, i))
-            episode["actions"].append(self._action[i].copy())
+            episode["actions"].append(executed[i].copy())
             episode["rewards"].append(env_reward[i])
             episode["terminated"].append(terminated[i])
             episode["truncated"].append(truncated[i])
