@@ -150,6 +150,7 @@ def make_base_env(cfg: EnvConfig, num_envs: int):
     UserError for an unknown task, a download it wants, a control or reward mode it lacks, a missing GPU.
     """
     registered = _registered(cfg.task)
+    use_compiled_kinematics()
     if "gpu" in (cfg.backend, cfg.renderer) and not torch.cuda.is_available():
         raise UserError(
             "env.sim_backend / render_backend: gpu asked for, but torch sees no GPU; use 'auto' or 'cpu'"
@@ -209,6 +210,20 @@ def _registered(task: str):
     if not all(assets.is_data_source_downloaded(source) for source in sources):
         raise _needs_download(task, task)
     return REGISTERED_ENVS[task]
+
+
+def use_compiled_kinematics() -> None:
+    """Solve inverse kinematics in C++, whatever else is installed.
+
+    Where there is a Python package pinocchio (franky-sim brings it) SAPIEN prefers that: steps take thrice as
+    long, and a target out of reach moves the arm elsewhere.
+    """
+    from mani_skill.agents.controllers.utils import kinematics
+
+    with contextlib.suppress(ImportError):  # SAPIEN has it built for Linux only
+        from sapien.pysapien_pinocchio import PinocchioModel
+
+        kinematics.PinocchioModel = PinocchioModel
 
 
 def _needs_download(task: str, what: str) -> UserError:
