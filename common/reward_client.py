@@ -4,14 +4,17 @@
     client.flush()                       # send what is still short of a chunk
     for verdicts in client.receive():    # finished ones; wait=True: all that was submitted
 
-Frames, or windows of them, are scored in chunks of `infer_micro_batch_size`, inline or in a worker process
-alike, so both give the same numbers. What is asked of a reward model: `common.reward_models`.
+Frames, or windows of them, are scored in chunks of `infer_micro_batch_size`, inline, in a worker process or
+on another machine alike, so all give the same numbers. What is asked of a reward model:
+`common.reward_models`.
 """
 
+import gc
 import time
 from collections import deque
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
+from multiprocessing.connection import wait as wait_for
 from typing import Literal
 
 import torch
@@ -19,6 +22,8 @@ from torch import Tensor
 
 from common.envs import EnvSpec, Render
 from common.episodes import VIEWS
+from common.link import LinkConfig, ScoreLink
+from common.link_keys import parse_address
 from common.processes import Child
 from common.prompts import make_parser
 from common.qwen_reward import VLMConfig
@@ -28,7 +33,7 @@ from common.rewards import Verdicts, WindowVerdicts
 from common.runtime import UserError
 from common.vlm_api import ApiConfig
 
-RING_CHUNKS = 16  # chunks of frames that may be on their way to the worker before submit waits
+RING_CHUNKS = 16  # chunks of frames that may be on their way to the model before submit waits
 
 
 @dataclass
@@ -38,9 +43,13 @@ class RewardConfig:
     reward_threshold: float | Literal["auto"] = "auto"  # auto: the one stored with the model
     reward_weight: float = 1.0
     env_reward_weight: float = 0.0
+    standalone_realworld: bool = False  # at an arm: the verdict pays and ends episodes inside the env
+    use_reward_prob: bool = False  # teleop_eval.py: show the probability beside the verdict
     history_reward_assign: bool = False  # pay a window's reward to each of its steps, not to the last alone
     verdict_every: int = 1  # env steps of SAC between two asks of the model: larger batches, later verdicts
-    placement: Literal["auto", "inline", "worker"] = "auto"  # auto: worker on the CPU, except for terminal
+    # inline, worker, or tcp://host:port of a reward server; auto: worker on the CPU, except for terminal
+    placement: str = "auto"
+    link: LinkConfig = field(default_factory=LinkConfig)
     model: RewardModelConfig = field(default_factory=ResNetRewardConfig)
     api: ApiConfig | None = None  # ask a served vision-language model instead of loading one here
 
@@ -51,7 +60,9 @@ class RewardConfig:
             raise ValueError(f"verdict_every must be at least 1, got {self.verdict_every}")
         if self.api is not None and not isinstance(self.model, VLMConfig):
             raise ValueError(f"reward.api serves vlm and history_vlm, not {self.model.model_type}")
-        if self.use_reward_model and not self.model_files and not self.is_oracle and self.api is None:
+        self._check_placement()
+        elsewhere = self.is_oracle or self.linked or self.api is not None
+        if self.use_reward_model and not self.model_files and not elsewhere:
             raise ValueError("use_reward_model is on but model.model_path names no checkpoint")
         if self.use_reward_model and self.of_windows != isinstance(self.model, OF_WINDOWS):
             judges = "windows" if isinstance(self.model, OF_WINDOWS) else "single frames"
@@ -61,6 +72,23 @@ class RewardConfig:
             )
         if self.history_reward_assign and not self.of_windows:
             raise ValueError("history_reward_assign is for reward_mode history_buffer; frames have no past")
+
+    def _check_placement(self) -> None:
+        if self.placement in ("auto", "inline", "worker"):
+            return
+        try:
+            parse_address(self.placement)
+        except ValueError:
+            raise ValueError(
+                f"placement must be auto, inline, worker or tcp://host:port, got '{self.placement}'"
+            ) from None
+        if self.is_oracle:
+            raise ValueError("history_oracle judges distances, not pictures; keep it here: placement inline")
+
+    @property
+    def linked(self) -> bool:
+        """Whether a server judges, which `common.reward_link` runs."""
+        return self.placement.startswith("tcp://")
 
     @property
     def of_windows(self) -> bool:
@@ -74,10 +102,17 @@ class RewardConfig:
     @property
     def model_files(self) -> dict[str, str]:
         """Key -> path of what the model is made from; nothing where it is served."""
-        if self.api is not None:
+        if self.api is not None or self.linked:
             return {}
         keys = ("model_path", "lora_path")
         return {f"reward.model.{key}": vars(self.model)[key] for key in keys if vars(self.model).get(key)}
+
+    @property
+    def model_name(self) -> str:
+        """What errors call the model: its path (the adapter's, where there is one), or where it is served."""
+        if self.linked:
+            return f"at {self.placement}"
+        return [self.model.model_type, *self.model_files.values()][-1]
 
     @property
     def render(self) -> Render:
@@ -107,6 +142,8 @@ class RewardClient:
         self.chunk_size = cfg.model.infer_micro_batch_size
         self._parts: list[tuple[dict[str, Tensor], Tensor]] = []  # submitted, short of a chunk
         self._num_waiting = 0
+        self._scorer: Child | ScoreLink | None = None  # where the model is, if it is not in this process
+        self._sent: deque[Tensor] = deque()  # keys of each chunk that is there, in order
         self._done: deque[Verdicts | WindowVerdicts] = deque()
         self.seconds = 0.0  # spent waiting for the model in this process
         self._open()
@@ -138,6 +175,9 @@ class RewardClient:
         self._done.clear()
         return out
 
+    def await_one(self, timeout_s: float) -> None:
+        """Return once `receive` has something to hand out, or when the time is up. Inline it has already."""
+
     @property
     def camera_views(self) -> tuple[str, ...]:
         """The views that have to be rendered for the model."""
@@ -146,7 +186,7 @@ class RewardClient:
     @property
     def busy(self) -> bool:
         """Whether anything submitted has not been handed out yet."""
-        return bool(self._parts or self._done)
+        return bool(self._parts or self._sent or self._done)
 
     def check_idle(self) -> None:
         """RuntimeError where the next verdicts belong to somebody else."""
@@ -176,9 +216,8 @@ class RewardClient:
             if ours.get(k) != theirs.get(k)
         ]
         if different:
-            *_, path = self.cfg.model_files.values()  # the adapter where there is one
             raise UserError(
-                f"the reward model {path} knows other pictures than these envs make: "
+                f"the reward model {self.cfg.model_name} knows other pictures than these envs make: "
                 + "; ".join(different)
                 + " (mend env.*.cameras or control_freq, or collect and train again)"
             )
@@ -215,7 +254,8 @@ class RewardClient:
             self.threshold = float(stored)
         else:
             raise UserError(
-                f"{self.cfg.model.model_path} stores no threshold; set reward.reward_threshold to a number"
+                f"the reward model {self.cfg.model_name} stores no threshold; "
+                "set reward.reward_threshold to a number"
             )
 
     def _check_buffers(self, window: int | None) -> None:
@@ -255,8 +295,13 @@ class RewardClient:
     def _score_chunk(self, frames: dict[str, Tensor], keys: Tensor) -> None:
         self._done.append(self._judge(keys, self.model.score(frames)))
 
+    def _take_one(self) -> None:
+        scores = torch.as_tensor(self._scorer.receive())
+        self._done.append(self._judge(self._sent.popleft(), scores))
+
     def _collect(self, wait: bool) -> None:
-        """Everything inline is done already."""
+        while self._sent and (wait or self._scorer.has_message()):
+            self._take_one()
 
 
 class RewardWorker(RewardClient):
@@ -264,9 +309,9 @@ class RewardWorker(RewardClient):
 
     def _open(self) -> None:
         self.child = Child("reward worker", _reward_worker, (self.cfg.model, self.cfg.api))
+        self._scorer = self.child
         self._read_meta(*self.child.receive())
         self.ring: dict[str, Tensor] | None = None
-        self._sent: deque[Tensor] = deque()  # keys of each chunk in the ring, in order
         self._next_chunk = 0
 
     def _score_chunk(self, frames: dict[str, Tensor], keys: Tensor) -> None:
@@ -289,17 +334,9 @@ class RewardWorker(RewardClient):
         self._sent.append(keys)
         self._next_chunk = (self._next_chunk + 1) % RING_CHUNKS
 
-    def _take_one(self) -> None:
-        scores = self.child.receive()
-        self._done.append(self._judge(self._sent.popleft(), scores))
-
-    def _collect(self, wait: bool) -> None:
-        while self._sent and (wait or self.child.has_message()):
-            self._take_one()
-
-    @property
-    def busy(self) -> bool:
-        return bool(self._parts or self._sent or self._done)
+    def await_one(self, timeout_s: float) -> None:
+        if self._sent and not self._done:
+            wait_for([self.child.connection, self.child.process.sentinel], timeout_s)
 
     def set_task(self, task: str) -> None:
         self.child.send(("task", task))
@@ -308,7 +345,53 @@ class RewardWorker(RewardClient):
         self.child.close()
 
 
+class RewardLink(RewardClient):
+    """The model on another machine, or in a server here. One link carries frames of any size.
+
+    Raises UserError where the server gives no answer, refuses the frames or changes its model.
+    """
+
+    def _open(self) -> None:
+        self._scorer = self.link = ScoreLink(self.cfg.placement, self.cfg.link)
+        try:
+            self._read_meta(self.link.served.meta, self.link.served.views, self.link.served.window)
+        except UserError:
+            self.close()
+            raise
+
+    def _judge(self, keys: Tensor, scores: Tensor) -> Verdicts | WindowVerdicts:
+        if scores.dim() != (2 if self.cfg.of_windows else 1):
+            raise UserError(
+                f"the reward model {self.cfg.model_name} is of another kind than reward.model.model_type "
+                f"{self.cfg.model.model_type}; name the server's kind"
+            )
+        return super()._judge(keys, scores)
+
+    def _score_chunk(self, frames: dict[str, Tensor], keys: Tensor) -> None:
+        while len(self._sent) >= RING_CHUNKS:
+            self._take_one()
+        self.link.send({view: images.cpu().numpy() for view, images in frames.items()})
+        self._sent.append(keys)
+
+    def await_one(self, timeout_s: float) -> None:
+        if self._sent and not self._done:
+            self.link.has_message(timeout_s)
+
+    def set_task(self, task: str) -> None:
+        self.link.task = task
+
+    def drop(self) -> None:
+        """Forget what is under way: no verdict on it will come."""
+        self.link.drop()
+        self._sent.clear()
+
+    def close(self) -> None:
+        self.link.close()
+
+
 def make_reward_client(cfg: RewardConfig) -> RewardClient:
+    if cfg.linked:
+        return RewardLink(cfg)
     return RewardWorker(cfg) if cfg.in_worker else RewardClient(cfg)
 
 
@@ -319,6 +402,7 @@ def set_task(model, task: str) -> None:
 
 def _reward_worker(connection: Connection, model_cfg, api) -> None:
     model = load_reward_model(model_cfg, api)
+    gc.freeze()  # else the search for garbage goes through all of torch now and then, 0.2 s at a time
     connection.send(("ok", (model.meta, model.views, model.window)))
     ring = None
     while True:
