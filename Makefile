@@ -6,7 +6,7 @@ PYTHON_OF_VENV = .venv/bin/python
 test test-fast: export OMP_NUM_THREADS = 1
 
 .DEFAULT_GOAL = help
-.PHONY: help setup demo test test-fast lint format bench
+.PHONY: help setup demo demo-trend demo-real test test-fast lint format bench
 
 help:  ## this list
 	@awk -F ":.*## " "/^[a-z-]+:.*## / { printf \"make %-10s %s\\n\", \$$1, \$$2 }" $(MAKEFILE_LIST)
@@ -16,6 +16,12 @@ setup:  ## .venv, and what the machine lacks to render (PYTHON=python3.12 choose
 
 demo: setup  ## collect, train an image reward, RL on that reward alone; report in logs/demo (SEED=1: another seed)
 	$(PYTHON_OF_VENV) benchmarks/demo.py $(if $(SEED),--seed $(SEED))
+
+demo-trend: setup  ## collect, train a tiny Qwen3-VL to judge the trend, RL on that alone; report in logs/demo_trend (SEED=1)
+	$(PYTHON_OF_VENV) benchmarks/demo_trend.py $(if $(SEED),--seed $(SEED))
+
+demo-real: setup  ## a simulated Franka: label frames, train, judge live teleoperation; report in logs/demo_real (SEED=1)
+	$(PYTHON_OF_VENV) benchmarks/demo_real.py $(if $(SEED),--seed $(SEED))
 
 test: setup  ## all tests, on the CPU
 	$(PYTHON_OF_VENV) -m pytest

@@ -1,116 +1,47 @@
-"""Collect episodes: drive an env with a mix of policies and write every episode as one pickle file.
+"""Collect data: episodes from a mix of policies in simulation, or what an operator does at an arm.
 
     python collect.py configs/demo_collect.yaml [key=value ...]
+    python collect.py configs/realworld_collect_dataset.yaml          (label frames with keys)
+    python collect.py configs/realworld_collect_fixed_pose.yaml       (episodes that end at a target pose)
 
-In: a task (`env.eval`), a weighted mix of policies (`policies`), a stop rule (`runner`).
-Out: `<log_path>/collected_data/*.pkl` (format: common/episodes.py), `config.yaml`, `summary.json`.
+In: a task (`env.eval`), a stop rule (`runner`); in simulation a weighted mix of policies (`policies`), at an
+arm the operator's devices (`devices`).
+Out, in the run folder: `config.yaml`, `summary.json` and
+- episodes: `collected_data/*.pkl` (format: common/episodes.py), for preprocess_*.py;
+- labelled frames: `labelled_frames.bin` (format: common/labelling.py), each on the disk as soon as it is
+  labelled, and from all of them `train.pt` and `val.pt` for train_resnet.py.
 A second start with the same `log_path` goes on where the first one stopped.
 """
 
 import time
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import torch
 from tqdm import tqdm
 
 from common import config
-from common.agents import load_agent
+from common.devices import DevicesConfig
 from common.env_workers import EnvPool
 from common.envs import EnvSpec
 from common.episodes import EpisodeWriter, read_episode
 from common.files import new_run_dir, save_json
+from common.franka_config import FrankaConfig
+from common.labelling import FrameFacts, FrameStore, progress_line, write_payloads
 from common.log import LoggerConfig
+from common.policy_mix import CheckpointPolicy, Mix, RandomPolicy, ScriptedPolicy
+from common.robot_envs import RobotEnvs, render_facts
 from common.runtime import UserError, run_script, seed_everything, set_threads
 from common.scenes import EnvConfig
-from common.scripted import ScriptedExpert
+from common.session import KEYS_HELP, UNDO, SessionLog, StatusLine, open_session
 from common.wrappers import EpisodeRecorder
 
-NOISE_MEMORY = 0.7  # share of the action noise that stays from one step to the next (Ornstein-Uhlenbeck)
+NAMES = {1: "success", 0: "fail"}
 
 # ----------------------------------------------------------------------------------------------------
-# Settings
+# Settings (`policies`: common/policy_mix.py, `env.eval`: common/scenes.py, franka_config.py)
 # ----------------------------------------------------------------------------------------------------
-
-
-def check_range(name: str, low_high: tuple[float, float]) -> None:
-    low, high = low_high
-    if not 0 <= low <= high:
-        raise ValueError(f"{name} is a range [low, high] from 0 up, got [{low}, {high}]")
-
-
-@dataclass
-class PolicyConfig:
-    """What all policies share. Ranges are drawn from anew for each episode."""
-
-    weight: float = 1.0  # share of the episodes, relative to the other policies
-    noise: tuple[float, float] = (0.0, 0.0)  # sd of the noise on actions in [-1, 1]
-    stop_after: tuple[float, float] = (1.0, 1.0)  # fraction of the episode; then only the noise acts
-
-    def __post_init__(self):
-        if self.weight < 0:
-            raise ValueError(f"weight must be 0 or more, got {self.weight}")
-        check_range("noise", self.noise)
-        check_range("stop_after", self.stop_after)
-
-    @property
-    def label(self) -> str:
-        """What the table calls it."""
-        return self.name
-
-
-@dataclass
-class RandomPolicy(PolicyConfig):
-    name: Literal["random"] = "random"
-    noise: tuple[float, float] = (0.3, 1.0)
-    # Under the noise, an action of this size in a direction that stays for the episode. With the noise alone
-    # the gripper trembles about one place; with a drift it comes around.
-    drift: tuple[float, float] = (0.0, 0.0)
-    to_object: float = 0.0  # share of the drifting episodes whose direction is to the object
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_range("drift", self.drift)
-        if not 0 <= self.to_object <= 1:
-            raise ValueError(f"to_object is a share from 0 to 1, got {self.to_object}")
-
-    @property
-    def label(self) -> str:
-        return self.name if self.drift == (0.0, 0.0) else "random, drifting"
-
-
-@dataclass
-class ScriptedPolicy(PolicyConfig):
-    name: Literal["scripted"] = "scripted"
-    # retreat: turns back once; oscillate: turns back and forth; wrong_way: takes the object from the goal
-    motion: Literal["forward", "retreat", "oscillate", "wrong_way"] = "forward"
-    turn_after: tuple[float, float] = (0.2, 0.6)  # fraction of the episode, anew for each turn
-    speed: tuple[float, float] = (1.0, 1.0)  # times the expert's
-    goal_offset_m: tuple[float, float] = (0.0, 0.0)  # aims so far beside the goal, in a random direction
-    object_offset_m: tuple[float, float] = (0.0, 0.0)  # takes the object to be so far aside, and misses it
-    skip_object: bool = False  # brings an empty hand to the goal
-
-    def __post_init__(self):
-        super().__post_init__()
-        for name in ("turn_after", "speed", "goal_offset_m", "object_offset_m"):
-            check_range(name, getattr(self, name))
-
-    @property
-    def label(self) -> str:
-        return self.name if self.motion == "forward" else f"{self.name}, {self.motion}"
-
-
-@dataclass
-class CheckpointPolicy(PolicyConfig):
-    name: Literal["checkpoint"] = "checkpoint"
-    path: str = ""  # a checkpoint folder of rl_train.py
-    deterministic: bool = False
-
-    def __post_init__(self):
-        super().__post_init__()
-        if not self.path:
-            raise ValueError("a checkpoint policy needs the path of a checkpoint folder of rl_train.py")
 
 
 @dataclass
@@ -121,6 +52,23 @@ class RunnerConfig:
     num_successes: int | None = None  # stop once so many episodes succeeded ...
     num_failures: int | None = None  # ... and so many failed
 
+    # Labelling with keys, at an arm: on where both numbers are given.
+    num_success_frames: int | None = None  # label so many frames `c` ...
+    num_fail_frames: int | None = None  # ... and so many `a`
+    val_split: float = 0.2  # fraction of the labelled frames, by episode or contiguous block
+    fail_success_ratio: float = 2.0  # fail frames per success frame in train.pt, at most; 0: all
+    random_seed: int = 42  # of the split and of the choice of fail frames
+
+    def __post_init__(self):
+        if (self.num_success_frames is None) != (self.num_fail_frames is None):
+            raise ValueError("num_success_frames and num_fail_frames go together: give both or neither")
+        if not 0 < self.val_split < 1:
+            raise ValueError(f"val_split must lie between 0 and 1, got {self.val_split}")
+
+    @property
+    def labels_frames(self) -> bool:
+        return self.num_success_frames is not None
+
     @property
     def episode_limit(self) -> int | None:
         """`num_episodes`, or 200 where nothing says when to stop."""
@@ -130,7 +78,7 @@ class RunnerConfig:
 
 @dataclass
 class EnvSection:
-    eval: EnvConfig = field(default_factory=EnvConfig)
+    eval: EnvConfig | FrankaConfig = field(default_factory=EnvConfig)
 
 
 @dataclass
@@ -140,6 +88,7 @@ class Config:
     policies: list[RandomPolicy | ScriptedPolicy | CheckpointPolicy] = field(
         default_factory=lambda: [RandomPolicy()]
     )
+    devices: DevicesConfig = field(default_factory=DevicesConfig)  # of the operator at an arm
 
     def __post_init__(self):
         if not sum(policy.weight for policy in self.policies) > 0:
@@ -148,108 +97,14 @@ class Config:
             raise ValueError(
                 "data_collection.gae_gamma scores by a critic: rl_train.py has one, this does not"
             )
+        if self.runner.labels_frames and not isinstance(self.env.eval, FrankaConfig):
+            raise ValueError("runner.num_success_frames is for labelling at an arm (env_type: realworld)")
         if self.runner.num_failures is not None and self.env.eval.data_collection.only_success:
             raise ValueError("runner.num_failures is never reached where only_success keeps no failures")
 
 
 # ----------------------------------------------------------------------------------------------------
-# The mix
-# ----------------------------------------------------------------------------------------------------
-
-
-class Mix:
-    """Gives each env a policy, drawn by weight, for one episode at a time."""
-
-    def __init__(self, policies: list[PolicyConfig], spec: EnvSpec, env: EnvConfig, seed: int):
-        self.policies, self.num_steps = policies, env.max_episode_steps
-        self.weights = torch.tensor([float(policy.weight) for policy in policies])
-        self.rng = torch.Generator().manual_seed(seed)
-        # of its own: what motions draw leaves the noise of policies without them as it was
-        self.motion_rng = torch.Generator().manual_seed(seed + 1)
-        n, self.action_dim = env.num_envs, spec.action_dim
-        self.choice = torch.zeros(n, dtype=torch.long)  # which policy has the env now
-        self.sd, self.stop_step, self.clock = torch.zeros(n), torch.zeros(n), torch.zeros(n)
-        self.goal_offset, self.object_offset = torch.zeros(n, 3), torch.zeros(n, 3)
-        self.skip_object = torch.zeros(n, dtype=torch.bool)
-        self.noise = torch.zeros(n, self.action_dim)
-        self.first_obs = torch.zeros(n, spec.obs_dim)
-        self.speed, self.turn_step = torch.ones(n), torch.zeros(n)
-        self.backwards, self.to_object = torch.zeros(n, dtype=torch.bool), torch.zeros(n, dtype=torch.bool)
-        self.drift = torch.zeros(n, self.action_dim)
-        self.actors = [self._actor(policy, spec, env) for policy in policies]
-
-    def _actor(self, policy, spec: EnvSpec, env: EnvConfig):
-        if policy.name == "checkpoint":
-            agent = load_agent(Path(policy.path), spec, torch.device("cpu"))
-            return lambda obs: agent.act(obs, deterministic=policy.deterministic).clamp(-1, 1)
-        if policy.name == "random" and policy.to_object == 0:
-            return lambda obs: self.drift.clone()  # zeros where it has none: the noise is all it does
-        expert = ScriptedExpert(env.task, env.control_mode, spec.obs_layout)
-        if policy.name == "random":
-            return lambda obs: self._drift_to_object(expert, obs)
-        return lambda obs: self._scripted(policy, expert, obs)
-
-    def _drift_to_object(self, expert: ScriptedExpert, obs: torch.Tensor) -> torch.Tensor:
-        size, action = self.drift.norm(dim=1), expert.touch(obs)
-        action[:, :3] *= (size / action[:, :3].norm(dim=1).clamp(min=1e-6)).clamp(max=1)[:, None]
-        return torch.where(self.to_object[:, None], action, self.drift)
-
-    def _scripted(self, policy: ScriptedPolicy, expert: ScriptedExpert, obs: torch.Tensor) -> torch.Tensor:
-        if policy.motion == "wrong_way":
-            action = expert.wrong_way(obs, self.first_obs)
-        else:
-            action = expert.act(obs, self.goal_offset, self.object_offset, self.skip_object)
-            action = torch.where(self.backwards[:, None], expert.back(obs, self.first_obs), action)
-        action[:, :3] *= self.speed[:, None]
-        return action
-
-    def _uniform(self, low_high: tuple[float, float], rng: torch.Generator | None = None) -> float:
-        low, high = low_high
-        return low + (high - low) * float(torch.rand((), generator=rng or self.rng))
-
-    def begin(self, env_ids: torch.Tensor) -> None:
-        """A new episode starts in these envs."""
-        for i in env_ids.tolist():
-            self.choice[i] = torch.multinomial(self.weights, 1, generator=self.rng)
-            policy = self.policies[self.choice[i]]
-            self.sd[i], self.clock[i] = self._uniform(policy.noise), 0
-            self.stop_step[i] = self._uniform(policy.stop_after) * self.num_steps
-            self.backwards[i], self.turn_step[i] = False, torch.inf
-            if policy.name == "scripted":
-                direction = torch.randn(3, generator=self.rng)
-                self.goal_offset[i] = self._uniform(policy.goal_offset_m) * direction / direction.norm()
-                across = torch.randn(2, generator=self.motion_rng)
-                aside = self._uniform(policy.object_offset_m, self.motion_rng)
-                self.object_offset[i, :2] = aside * across / across.norm()
-                self.skip_object[i] = policy.skip_object
-                self.speed[i] = self._uniform(policy.speed, self.motion_rng)
-                if policy.motion in ("retreat", "oscillate"):
-                    self.turn_step[i] = self._uniform(policy.turn_after, self.motion_rng) * self.num_steps
-            if policy.name == "random":
-                direction = torch.randn(self.action_dim, generator=self.motion_rng)
-                size = self._uniform(policy.drift, self.motion_rng)
-                self.drift[i] = size * direction / direction.norm()
-                self.to_object[i] = torch.rand((), generator=self.motion_rng) < policy.to_object
-            self.noise[i] = self.sd[i] * torch.randn(self.action_dim, generator=self.rng)
-
-    def act(self, obs: torch.Tensor) -> torch.Tensor:
-        """obs (N, D) -> action (N, A) in [-1, 1]."""
-        self.first_obs[self.clock == 0] = obs[self.clock == 0]
-        for i in (self.clock >= self.turn_step).nonzero().squeeze(1).tolist():
-            policy = self.policies[self.choice[i]]
-            leg = self._uniform(policy.turn_after, self.motion_rng) * self.num_steps
-            self.backwards[i] = ~self.backwards[i]
-            self.turn_step[i] = self.clock[i] + leg if policy.motion == "oscillate" else torch.inf
-        action = torch.stack([actor(obs) for actor in self.actors])[self.choice, torch.arange(len(obs))]
-        action[self.clock >= self.stop_step] = 0.0
-        fresh = torch.randn(self.noise.shape, generator=self.rng) * self.sd[:, None]
-        self.noise = NOISE_MEMORY * self.noise + (1 - NOISE_MEMORY**2) ** 0.5 * fresh
-        self.clock += 1
-        return (action + self.noise).clamp(-1, 1)
-
-
-# ----------------------------------------------------------------------------------------------------
-# The loop
+# Simulation
 # ----------------------------------------------------------------------------------------------------
 
 
@@ -319,6 +174,95 @@ def collect(cfg: Config, run_dir: Path, folder: Path) -> dict:
     }
 
 
+# ----------------------------------------------------------------------------------------------------
+# At an arm
+# ----------------------------------------------------------------------------------------------------
+
+
+def label_frames(cfg: Config, run_dir: Path) -> dict:
+    """The operator drives, and keys label what the main camera sees. -> for summary.json."""
+    runner, env = cfg.runner, cfg.env.eval
+    facts = FrameFacts(env.task, render_facts(env), task_description=env.description)
+    wanted = {1: runner.num_success_frames, 0: runner.num_fail_frames}
+    with (
+        FrameStore(run_dir, facts) as store,
+        closing(StatusLine()) as line,
+        SessionLog(run_dir / "run_collect_process.log", line) as log,
+        open_session(env, cfg.devices, line, seed=runner.seed) as session,
+    ):
+        config.save(cfg, run_dir / "config.yaml")
+        log.say(f"{KEYS_HELP}; {run_dir} holds {store.num_success} success and {store.num_fail} fail frames")
+        num_steps = 0
+
+        def have() -> dict[int, int]:
+            return {1: store.num_success, 0: store.num_fail}
+
+        for moment in session.moments(runner.seed + store.num_success + store.num_fail):
+            num_steps += 1
+            if UNDO in moment.keys:
+                undone = store.undo()
+                log.say("nothing to undo" if undone is None else f"took back the last {NAMES[undone]} frame")
+            if moment.label is not None and have()[moment.label] < wanted[moment.label]:
+                store.add(moment.frames["main_images"], moment.label, moment.episode, moment.step)
+            if moment.done:
+                log.write(
+                    f"episode {moment.episode} ended after {moment.step} steps, reward {moment.reward:g}"
+                )
+            line.show(progress_line(store.num_success, wanted[1], store.num_fail, wanted[0], line.width))
+            if have() == wanted:
+                break
+        log.say(f"labelled: {store.num_success} success, {store.num_fail} fail, in {num_steps} steps")
+        counts = have()
+    metadata = write_payloads(
+        [run_dir], run_dir, runner.val_split, runner.fail_success_ratio, runner.random_seed
+    )
+    print(
+        f"{run_dir}/train.pt: {metadata['num_train_samples']} frames, val.pt: {metadata['num_val_samples']}; "
+        "next: train_resnet.py"
+    )
+    return {"num_success_frames": counts[1], "num_fail_frames": counts[0], "env_steps": num_steps}
+
+
+def record_operator(cfg: Config, run_dir: Path, folder: Path) -> dict:
+    """The operator drives whole episodes; the target pose (or a key) ends them. -> for summary.json."""
+    runner, env = cfg.runner, cfg.env.eval
+    with (
+        closing(StatusLine()) as line,
+        open_session(env, cfg.devices, line, seed=runner.seed) as session,
+        EpisodeWriter(folder) as writer,
+    ):
+        envs = RobotEnvs(session.env, env)
+        before, successes_before = episodes_present(folder, envs.spec)
+        config.save(cfg, run_dir / "config.yaml")
+        line.say(f"{KEYS_HELP.partition('u undo, ')[2]}; {folder} holds {before} episodes")
+        recorder = EpisodeRecorder(envs, env.data_collection, writer)
+        line.show("the arm goes to its start")
+        recorder.reset(runner.seed + before)
+        idle = torch.zeros(1, envs.spec.action_dim)
+        while not enough(runner, before + recorder.num_episodes, successes_before + recorder.num_successes):
+            step = recorder.step(idle)
+            keys = envs.last_info["keys"] if "keys" in envs.last_info else session.keyboard.read()
+            session.attend(keys)
+            if session.finished:
+                break
+            hold = f"in the zone for {envs.last_info['hold_steps']} steps" if step.info["in_zone"] else ""
+            line.show(
+                f"episode {before + recorder.num_episodes}, {successes_before + recorder.num_successes} "
+                f"succeeded so far {hold}"
+            )
+        return {
+            "num_episodes": before + recorder.num_episodes,
+            "num_successes": successes_before + recorder.num_successes,
+            "num_frames": recorder.num_frames,
+            "env_steps": recorder.num_steps,
+        }
+
+
+# ----------------------------------------------------------------------------------------------------
+# One start
+# ----------------------------------------------------------------------------------------------------
+
+
 def print_table(summary: dict, folder: Path) -> None:
     print(f"\n{'policy':<20}{'episodes':>10}{'succeeded once':>16}")
     for row in summary["by_policy"]:
@@ -336,10 +280,17 @@ def main() -> None:
     seed_everything(cfg.runner.seed)
     run_dir = new_run_dir(cfg.runner.logger.log_path, cfg.runner.logger.experiment_name, may_append=True)
     folder = Path(cfg.env.eval.data_collection.save_dir or run_dir / "collected_data")
-    summary = collect(cfg, run_dir, folder)
+    at_an_arm = isinstance(cfg.env.eval, FrankaConfig)
+    if cfg.runner.labels_frames:
+        summary = label_frames(cfg, run_dir)
+    elif at_an_arm:
+        summary = record_operator(cfg, run_dir, folder)
+    else:
+        summary = collect(cfg, run_dir, folder)
     if summary["env_steps"] or not (run_dir / "summary.json").exists():  # else it tells of an earlier start
         save_json(summary, run_dir / "summary.json")
-    print_table(summary, folder)
+    if not at_an_arm:
+        print_table(summary, folder)
 
 
 if __name__ == "__main__":

@@ -325,14 +325,26 @@ def open_cameras(
         }
 
 
-def describe_cameras(cfgs: dict[str, RealCameraConfig], seconds: float = 3.0, arm=None) -> Iterator[str]:
-    """A line per camera: its rate measured over `seconds`, or what is wrong with it. One after the other."""
+def describe_cameras(
+    cfgs: dict[str, RealCameraConfig], seconds: float = 3.0, arm=None, folder: Path | None = None
+) -> Iterator[str]:
+    """A line per camera: its rate measured over `seconds`, or what is wrong with it. One after the other.
+
+    folder: where a picture of each goes, as policy and reward model see it.
+    """
     for name, cfg in cfgs.items():
         try:
             with contextlib.closing(make_camera(name, cfg, arm)) as camera:
                 if cfg.backend != "maniskill":
                     time.sleep(seconds)
-                camera.read_latest(max_age_s=1.0)
-                yield camera.describe()
+                rgb, _ = camera.read_latest(max_age_s=1.0)
+                picture = "" if folder is None else f", see {_save_picture(rgb, folder / f'{name}.png')}"
+                yield camera.describe() + picture
         except UserError as error:
             yield str(error)
+
+
+def _save_picture(rgb: np.ndarray, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _cv2().imwrite(str(path), rgb[..., ::-1])
+    return path
