@@ -5,9 +5,9 @@
 Prints a table `name | ratio | target | met or SHORT | detail`; what each row compares is told in the
 docstring of its file: stepping.py, scoring.py, qwen.py, qwen_gpu.py, trend_rl.py, preprocess.py,
 preprocess_trend.py, reward_link.py, live_loop.py. A full run writes benchmarks/results/speed.json with the
-facts of the machine; with --quick (short runs, noisy numbers) or --only nothing is written. There are no absolute times,
-except in details of GPU rows and where a control loop has a limit (the last two): they would say more of
-the machine than of the code. Leave the machine alone meanwhile.
+facts of the machine; with --quick (short runs, noisy numbers) or --only nothing is written. There are no
+absolute times, except in details of GPU rows and where a control loop has a limit (the last two): they would
+say more of the machine than of the code. Leave the machine alone meanwhile.
 """
 
 import argparse
