@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from common.envs import Render
-from common.judging import distance_of, look_back, make_audit, make_watch
+from common.judging import distance_of, judged_inside, look_back, make_audit, make_watch
 from common.reward_client import RewardClient
 from common.trend import POSITIVE
 from common.video import Trace
@@ -73,14 +73,20 @@ class Evaluation:
 def evaluate(envs, agent, client: RewardClient | None, num_episodes: int, seed: int) -> Evaluation:
     """Run the deterministic policy for `num_episodes`, as many in each env (rounded up), from `seed` on.
 
-    A fixed number per env: counting the first ones that end would favour short episodes.
+    A fixed number per env: counting the first ones that end would favour short episodes. Of envs in which the
+    reward model judges already, its verdicts there count, and the client is not asked.
     """
+    inside = judged_inside(envs.spec)
+    client = None if inside else client
     if client is not None:
         client.check_idle()
     quota = math.ceil(num_episodes / envs.num_envs)
     watch = make_watch(client.cfg, client, envs.num_envs) if client is not None else None
     obs = envs.reset(seed)
-    rows: dict[str, list[Tensor]] = {"success": [], "done": [], "env_reward": [], "distance": []}
+    told = ("success_prob", "learned_success") if inside else ()
+    rows: dict[str, list[Tensor]] = {
+        name: [] for name in ("success", "done", "env_reward", "distance", *told)
+    }
     truth = []
     ended = torch.zeros(envs.num_envs, dtype=torch.long)
     while int(ended.min()) < quota:
@@ -94,40 +100,42 @@ def evaluate(envs, agent, client: RewardClient | None, num_episodes: int, seed: 
             truth.append(look.truth)
         for name in ("success", "done", "env_reward"):
             rows[name].append(getattr(step, name).cpu())
+        for name in told:
+            rows[name].append(step.info[name].cpu())
         rows["distance"].append(
             torch.full((envs.num_envs,), torch.nan) if distance is None else distance.cpu()
         )
         ended += rows["done"][-1]
     table = {name: torch.stack(values) for name, values in rows.items()}  # (T, N)
+    if inside:  # a late verdict is none
+        said = {"prob": table["success_prob"].nan_to_num(0.0), "verdict": table["learned_success"]}
+        return _by_episode(table, said, quota, False, {})
     if client is None:
-        return _by_episode(table, {}, quota, None, {})
+        return _by_episode(table, {}, quota, False, {})
     shape = len(truth), watch.num_slots
-    said = {
-        "prob": torch.full(shape, torch.nan),
-        "verdict": torch.zeros(shape, dtype=torch.bool),
-        "paid": torch.zeros(shape),
-    }
+    said = {"paid": torch.zeros(shape)}
+    if not client.cfg.of_windows:
+        said = {"prob": torch.full(shape, torch.nan), "verdict": torch.zeros(shape, dtype=torch.bool)}
     audit, truth = make_audit(client.cfg), torch.cat(truth)
     for verdicts in client.receive(wait=True):
         audit.count(verdicts, truth[: len(verdicts.keys)])
         truth = truth[len(verdicts.keys) :]
-        said["paid"].view(-1)[verdicts.keys] = verdicts.model_reward.cpu()
-        if not client.cfg.of_windows:
+        if client.cfg.of_windows:
+            said["paid"].view(-1)[verdicts.keys] = verdicts.model_reward.cpu()
+        else:
             said["prob"].view(-1)[verdicts.keys] = verdicts.success_prob
             said["verdict"].view(-1)[verdicts.keys] = verdicts.success
-    return _by_episode(table, said, quota, client, audit.metrics("eval") if client.cfg.of_windows else {})
+    last_only = client.cfg.reward_mode == "terminal"
+    return _by_episode(table, said, quota, last_only, audit.metrics("eval") if client.cfg.of_windows else {})
 
 
 def _by_episode(
-    table: dict[str, Tensor], said: dict[str, Tensor], quota: int, client: RewardClient | None, windows: dict
+    table: dict[str, Tensor], said: dict[str, Tensor], quota: int, last_only: bool, windows: dict
 ) -> Evaluation:
-    """table: name -> (T, N) of the envs; said: name -> (T, B * N) of the reward model."""
+    """table: name -> (T, N) of the envs; said, of the reward model: verdict and prob (T, N) of frames (of
+    last frames, with last_only), or paid (T, B * N) of windows, or nothing."""
     num_envs = table["done"].shape[1]
-    frames, of_windows = (
-        client is not None and not client.cfg.of_windows,
-        bool(client and client.cfg.of_windows),
-    )
-    last_only = frames and client.cfg.reward_mode == "terminal"
+    frames, of_windows = "verdict" in said, "paid" in said
     columns = ("once", "at_end", "learned", "score", "env_return", "model_return", "progress")
     episodes: dict[str, list[float]] = {name: [] for name in columns}
     false_positives = num_steps = 0
@@ -164,12 +172,15 @@ def _by_episode(
 @torch.no_grad()
 def record_traces(envs, agent, client: RewardClient | None, num_episodes: int, seed: int) -> list[Trace]:
     """Episodes of the deterministic policy with every frame rendered and scored, to be looked at."""
+    inside = judged_inside(envs.spec)
+    client = None if inside else client
     obs = envs.reset(seed)
     num_shown = min(num_episodes, envs.num_envs)  # of hundreds of envs the pictures would not fit in memory
     frames = [envs.render(torch.arange(num_shown, device=envs.device))]
     render = torch.full((envs.num_envs,), int(Render.NONE), dtype=torch.uint8)
     render[:num_shown] = int(Render.ALWAYS)
     truth, done, distance = [torch.zeros(envs.num_envs, dtype=torch.bool)], [], []
+    prob = [torch.full((envs.num_envs,), torch.nan)]
     while not done or not torch.stack(done)[:, :num_shown].any(0).all():
         step = envs.step(agent.act(obs, deterministic=True).clamp(-1, 1).to(envs.device), render)
         obs = step.obs
@@ -177,12 +188,13 @@ def record_traces(envs, agent, client: RewardClient | None, num_episodes: int, s
         truth.append(step.success.cpu())
         done.append(step.done.cpu())
         distance.append(distance_of(envs.spec, step.next_obs))
+        prob.append(step.info["success_prob"].cpu() if inside else prob[0])
     ends = torch.stack(done).int().argmax(0) + 2  # frames in the first episode of each env
     traces = []
     for env in range(num_shown):
         mine = {view: torch.stack([f[view][env] for f in frames[: ends[env]]]) for view in frames[0]}
         succeeded = torch.stack(truth)[: ends[env], env]
-        score = np.full(len(succeeded), np.nan, np.float32)
+        score = torch.stack(prob)[: ends[env], env].numpy()
         trace = Trace(mine["main_images"].cpu().numpy(), score, succeeded.numpy(), "")
         if client is not None and client.cfg.of_windows:
             metres = None if distance[0] is None else torch.stack(distance)[: ends[env] - 1, env].cpu()

@@ -19,10 +19,10 @@ from tqdm import tqdm
 from common.buffers import FIELDS, ReplayBuffer, mix_batches
 from common.envs import EnvSpec, Render
 from common.episodes import Episode, list_episodes, read_episode, read_frames
-from common.judging import Look, distance_of, look_back, make_audit, make_watch, pay
+from common.judging import Look, distance_of, judged_inside, look_back, make_audit, make_watch, pay
 from common.pixels import seen_views, state_dim, to_pixels
 from common.reward_client import RewardClient, RewardConfig
-from common.rewards import Audit, BootstrapType, TrendAudit, combine_reward, no_bootstrap
+from common.rewards import Audit, BootstrapType, TrendAudit, Verdicts, combine_reward, no_bootstrap
 from common.runtime import UserError
 from common.sac import SACConfig
 
@@ -52,12 +52,18 @@ class Rollout:
     The model is asked every `verdict_every` steps, about the steps since, and its answers are waited for when
     it is asked next: it works while the envs move on, and the order of transitions does not depend on how
     fast it was. A step that later windows may still pay for (`history_reward_assign`) waits for them.
+
+    Envs in which the model judges already (`judging.judged_inside`) pay as they do, and it is not asked here.
     """
 
     def __init__(self, envs, client: RewardClient | None, cfg: RewardConfig, bootstrap_type: BootstrapType):
-        self.envs, self.client, self.cfg, self.bootstrap_type = envs, client, cfg, bootstrap_type
+        self.envs, self.cfg, self.bootstrap_type = envs, cfg, bootstrap_type
+        self.inside = judged_inside(envs.spec)
+        self.client = None if self.inside else client
+        self.weights = (1.0, 0.0) if self.inside else (cfg.env_reward_weight, cfg.reward_weight)
         self.num_envs = envs.num_envs
-        self.watch = make_watch(cfg, client, self.num_envs)
+        self.between_episodes = True  # all envs have just begun one
+        self.watch = make_watch(cfg, self.client, self.num_envs)
         self.audit = make_audit(cfg)
         self.stats = EpisodeStats(self.num_envs, cfg)
         self._fresh: list[_Taken] = []  # since the model was last asked
@@ -66,7 +72,8 @@ class Rollout:
         buffers = cfg.model.history_buffers.values() if cfg.history_reward_assign else ()
         self._lag = max((buffer.history_size - 1 for buffer in buffers), default=0)
 
-    def reset(self, seed: int) -> None:
+    def reset(self, seed: int | None) -> None:
+        """Begin anew; what has been lived through stays to be handed out."""
         self.watch.reset()
         self.obs = self.envs.reset(seed)
 
@@ -80,6 +87,7 @@ class Rollout:
         step = self.envs.step_wait()
         self.audit.step(self.num_envs)
         success, done = step.success.cpu(), step.done.cpu()
+        self.between_episodes = bool(done.all())
         look = None
         if self.client is not None:
             distance = distance_of(self.envs.spec, step.next_obs)
@@ -93,6 +101,9 @@ class Rollout:
         self.obs = step.obs
         slots = self.watch.num_slots
         verdict, learned = torch.zeros(slots), torch.zeros(slots, dtype=torch.bool)
+        if self.inside:
+            learned, prob = (step.info[name].cpu() for name in ("learned_success", "success_prob"))
+            self.audit.count(Verdicts(torch.arange(slots), prob, learned, step.env_reward.cpu()), success)
         self._fresh.append(_Taken(transitions, step.env_reward, success, done, look, verdict, learned))
         if len(self._fresh) >= self.cfg.verdict_every:
             self._ask()
@@ -150,8 +161,7 @@ class Rollout:
             reward = combine_reward(
                 taken.env_reward,
                 self._model_reward().to(taken.env_reward.device),
-                self.cfg.env_reward_weight,
-                self.cfg.reward_weight,
+                *self.weights,
             )
             self._judged.popleft()
             yield {**taken.transitions, "reward": reward}
@@ -229,7 +239,8 @@ def prior_buffer(
     device: torch.device,
 ) -> "Prior":
     """Every episode in `folders`, paid as the rollout pays: by the reward model, and by the recorded env
-    reward where `env_reward_weight` is not 0.
+    reward where `env_reward_weight` is not 0. Where the model is part of the envs (`judging.judged_inside`),
+    each step that it calls a success is paid 1 and terminal, and no other one.
 
     RLPD (Ball et al., 2023) mixes such data half and half with fresh experience. UserError naming the episode
     that was not recorded in an env like `spec`, or whose frames the model does not know.
@@ -256,7 +267,7 @@ def prior_buffer(
                 client.submit(look.data, len(looks) * watch.num_slots + look.slots)
                 look.data = {}
                 looks.append(look)
-        terminated, truncated = (torch.from_numpy(x[1:]) for x in (episode.terminated, episode.truncated))
+        ends = [torch.from_numpy(x[1:]) for x in (episode.terminated, episode.truncated)]
         obs = _with_pixels(states, path, spec)
         parts.append(
             {
@@ -265,13 +276,22 @@ def prior_buffer(
                 "action": torch.from_numpy(episode.actions),
                 "env_reward": torch.from_numpy(episode.rewards[1:]),
                 "done": torch.arange(episode.length) == episode.length - 1,
-                "terminal": no_bootstrap(terminated, truncated, bootstrap_type),
+                "terminated": ends[0],
+                "truncated": ends[1],
             }
         )
     transitions = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
-    env_reward, done = transitions.pop("env_reward"), transitions.pop("done")
+    env_reward, done, terminated, truncated = (
+        transitions.pop(name) for name in ("env_reward", "done", "terminated", "truncated")
+    )
     model_reward = _recorded_reward(client, watch, looks, done, cfg, audit) if looks else env_reward * 0
-    transitions["reward"] = combine_reward(env_reward, model_reward, cfg.env_reward_weight, cfg.reward_weight)
+    weights = cfg.env_reward_weight, cfg.reward_weight
+    if judged_inside(spec):
+        success = model_reward > 0
+        terminated, truncated = success, (terminated | truncated) & ~success
+        env_reward, weights = success.float(), (1.0, 0.0)
+    transitions["reward"] = combine_reward(env_reward, model_reward, *weights)
+    transitions["terminal"] = no_bootstrap(terminated, truncated, bootstrap_type)
     size, obs_dim = transitions["obs"].shape
     buffer = ReplayBuffer(size, obs_dim, transitions["action"].shape[1], device)
     buffer.add(**transitions)

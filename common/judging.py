@@ -121,6 +121,12 @@ def make_audit(cfg: RewardConfig) -> Audit | TrendAudit:
     return TrendAudit() if cfg.of_windows else Audit()
 
 
+def judged_inside(spec: EnvSpec) -> bool:
+    """Whether a reward model inside the envs pays and ends episodes (`standalone_realworld`): nobody else is
+    to judge then, env_reward is its pay, and info has its success_prob and learned_success."""
+    return "success_prob" in spec.info_types
+
+
 def distance_of(spec: EnvSpec, obs: Tensor) -> Tensor | None:
     """(N,) float32 metres to success of obs (N, D), None where the task has no rule."""
     return success_distance(spec.task, spec.obs_layout, obs)

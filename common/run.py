@@ -50,6 +50,7 @@ class Run:
         self.step = 0  # env steps, all envs together
         self.merit: tuple[float, float] | None = None
         self.best_step: int | None = None
+        self.owes_evaluation = False  # one that was put off
         self.buffer: ReplayBuffer | None = None  # SAC's; saved with `last`
         self.start = self.logged_at = time.perf_counter()
         self.logged_step = 0
@@ -65,10 +66,15 @@ class Run:
     def evaluates_after(self, env_steps: int) -> bool:
         """Whether the next evaluation follows these env steps: the reward model must be idle by then."""
         now = self.step + env_steps
-        return self._due(self.runner.val_check_interval, self.step, now) or now >= self.runner.max_steps
+        due = self._due(self.runner.val_check_interval, self.step, now) or now >= self.runner.max_steps
+        return due or self.owes_evaluation
 
-    def advance(self, env_steps: int, losses: dict, rollout_metrics) -> None:
-        """Count env steps; log, evaluate and save when due. rollout_metrics: called when logged."""
+    def advance(self, env_steps: int, losses: dict, rollout_metrics, may_evaluate: bool = True) -> bool:
+        """Count env steps; log, evaluate and save when due. rollout_metrics: called when logged.
+
+        may_evaluate: False puts off an evaluation that is due, until the run's end at most. -> whether there
+        was one.
+        """
         before, self.step = self.step, self.step + env_steps
         runner = self.runner
         if self._due(runner.log_interval, before, self.step):
@@ -79,10 +85,14 @@ class Run:
             numbers = {f"train/{name}": float(value) for name, value in losses.items()}
             clock = {"time/env_steps_per_s": speed, "reward/share_of_time": share}
             self.log.log(self.step, {**numbers, **rollout_metrics(), **clock})
-        if self._due(runner.val_check_interval, before, self.step):
+        self.owes_evaluation |= self._due(runner.val_check_interval, before, self.step)
+        evaluates = self.owes_evaluation and (may_evaluate or not self.running)
+        if evaluates:
+            self.owes_evaluation = False
             self.evaluate()
         if self._due(runner.save_interval, before, self.step):
             self.save("last")
+        return evaluates
 
     def evaluate(self) -> Evaluation:
         """Measure the policy; keep it as `best` if the reward model likes it as well as any before."""

@@ -190,11 +190,12 @@ class FakeRun:
     def evaluates_after(self, env_steps: int) -> bool:
         return self.step + env_steps in (*self.evaluate_at, self.cfg.runner.max_steps)
 
-    def advance(self, env_steps: int, losses: dict, rollout_metrics) -> None:
+    def advance(self, env_steps: int, losses: dict, rollout_metrics, may_evaluate: bool = True) -> bool:
         if self.evaluates_after(env_steps):
             self.idle_at_evaluation.append(not self.client.busy)
         self.step += env_steps
         self.logged.append(rollout_metrics())
+        return False
 
 
 # ----------------------------------------------------------------------------------------------------
