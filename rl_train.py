@@ -1,13 +1,15 @@
 """Reinforcement learning on env reward, a learned reward, or both: PPO or SAC, with true success beside it.
 
     python rl_train.py configs/demo_rl.yaml [key=value ...]
+    python rl_train.py configs/realworld_sac_demo.yaml                (an arm: common/robot_run.py)
 
 In: a task (`env.train`, `env.eval`), a learner (`algorithm`, `actor`), who pays (`reward`), when to stop
 (`runner`). Out, in the run folder: `config.yaml`, `metrics.jsonl` (and TensorBoard), `checkpoints/best`,
 `checkpoints/last`, `summary.json`, `curves.png`, `scores.png`, `eval.mp4`.
 
 The best checkpoint is chosen by *learned* success; true success is measured, logged and never used. Ctrl-C
-saves `checkpoints/last`; `runner.resume_dir=RUN_FOLDER/checkpoints/last` goes on from there in a new folder.
+(at an arm `q` too, and an arm or camera that is lost) saves `checkpoints/last`;
+`runner.resume_dir=RUN_FOLDER/checkpoints/last` goes on from there in a new folder.
 """
 
 import time
@@ -20,21 +22,24 @@ from tqdm import trange
 
 from common import config
 from common.agents import agent_meta, build_agent
+from common.arms import ArmError
 from common.async_rollout import AsyncRollout, RolloutConfig
-from common.env_workers import EnvPool
-from common.episodes import EpisodeWriter
+from common.cameras import CameraError
+from common.devices import DevicesConfig
 from common.experience import EpisodeStats, Replay, Rollout, prior_buffer
 from common.files import new_run_dir, save_json
+from common.franka_config import FrankaConfig
 from common.judging import distance_of, make_audit, make_watch, pay
 from common.log import RunLog
 from common.nets import ActorModelConfig, OptimConfig
 from common.ppo import PPO, PPOConfig
-from common.reward_client import RewardClient, RewardConfig, make_reward_client
+from common.reward_client import RewardClient, RewardConfig
 from common.rewards import add_bootstrap, combine_reward
 from common.run import Run, RunnerConfig
 from common.runtime import UserError, pick_device, run_script, seed_everything, set_threads, versions
 from common.sac import SAC, SACConfig
-from common.scenes import VIEWS, DataCollectionConfig, EnvConfig
+from common.scenes import EnvConfig
+from common.worlds import open_arm, open_simulation
 from common.wrappers import EpisodeRecorder
 
 PUBLISH_EVERY = 10  # updates between two handings of fresh weights to an asynchronous rollout
@@ -46,8 +51,17 @@ PUBLISH_EVERY = 10  # updates between two handings of fresh weights to an asynch
 
 @dataclass
 class EnvSection:
-    train: EnvConfig = field(default_factory=EnvConfig)
-    eval: EnvConfig = field(default_factory=EnvConfig)
+    train: EnvConfig | FrankaConfig = field(default_factory=EnvConfig)
+    eval: EnvConfig | FrankaConfig = field(default_factory=EnvConfig)  # of an arm: leave it out, or as train
+
+    @property
+    def at_an_arm(self) -> bool:
+        return isinstance(self.train, FrankaConfig)
+
+    @property
+    def fps(self) -> int:
+        """Of videos."""
+        return round(self.train.override_cfg.step_hz) if self.at_an_arm else self.eval.control_freq or 20
 
 
 @dataclass
@@ -63,8 +77,16 @@ class Config:
     algorithm: PPOConfig | SACConfig = field(default_factory=PPOConfig)
     actor: ActorSection = field(default_factory=ActorSection)
     reward: RewardConfig = field(default_factory=RewardConfig)
+    devices: DevicesConfig = field(default_factory=DevicesConfig)  # of the operator at an arm
 
     def __post_init__(self):
+        self._check_learner()
+        if self.env.at_an_arm:
+            self._check_arm()
+        else:
+            self._check_simulation()
+
+    def _check_learner(self) -> None:
         if self.runner.async_rollout and self.algorithm.name != "sac":
             raise ValueError(
                 "runner.async_rollout is for SAC; PPO learns from its own policy's rollout alone"
@@ -75,13 +97,47 @@ class Config:
             )
         if self.algorithm.name == "ppo" and self.actor.model.norm_obs:
             raise ValueError("actor.model.norm_obs takes mean and std from prior data, which PPO has none of")
+        if self.actor.model.pixels is not None and self.algorithm.name == "ppo":
+            raise ValueError("actor.model.pixels is for SAC; PPO sees the state alone: set it to null")
+        if self.actor.model.pixels is not None and self.runner.async_rollout:
+            raise ValueError("actor.model.pixels goes without runner.async_rollout: set one of them off")
         if not self.reward.use_reward_model and self.reward.env_reward_weight == 0:
             raise ValueError("nobody pays: set reward.use_reward_model, or reward.env_reward_weight to 1")
+
+    def _check_arm(self) -> None:
+        env, reward = self.env, self.reward
+        if env.eval not in (env.train, EnvConfig()):
+            raise ValueError("env.eval differs from env.train, but there is one arm: leave env.eval out")
+        if self.algorithm.name != "sac" or self.runner.async_rollout:
+            raise ValueError(
+                "at an arm only SAC learns, in this process: algorithm.name sac, runner.async_rollout false"
+            )
+        if reward.of_windows:
+            raise ValueError("at an arm single frames are judged: reward.reward_mode per_step or terminal")
+        if reward.standalone_realworld and not (reward.use_reward_model and reward.reward_mode == "per_step"):
+            raise ValueError(
+                "reward.standalone_realworld may end an episode at any step: it needs "
+                "reward.use_reward_model and reward.reward_mode per_step"
+            )
+        if env.train.data_collection.gae_gamma is not None:
+            raise ValueError("data_collection.gae_gamma is for simulations; set it to null")
+
+    def _check_simulation(self) -> None:
+        if isinstance(self.env.eval, FrankaConfig):
+            raise ValueError("env.eval is an arm, env.train is not; for both: env.train: ${env.eval}")
+        if self.reward.standalone_realworld:
+            raise ValueError(
+                "reward.standalone_realworld is for an arm (env_type: realworld); set it to false"
+            )
         for key in ("task", "control_mode"):
             train, evaluation = vars(self.env.train)[key], vars(self.env.eval)[key]
             if train != evaluation:
                 raise ValueError(f"env.train.{key} is {train}, but env.eval.{key} {evaluation}; use one")
         writes_gae = any(e.data_collection.gae_gamma is not None for e in (self.env.train, self.env.eval))
+        if writes_gae and self.actor.model.pixels is not None:
+            raise ValueError(
+                "data_collection.gae_gamma scores states, the critic sees pixels: set one to null"
+            )
         if writes_gae and self.reward.use_reward_model:
             raise ValueError(
                 "data_collection.gae_gamma scores frames by a critic of the env reward, and with a reward "
@@ -205,7 +261,7 @@ def start_sac(cfg: Config, run: Run, agent: SAC, client: RewardClient | None) ->
 
 
 def train_sac(cfg: Config, run: Run, agent: SAC, envs, client: RewardClient | None) -> None:
-    algorithm = cfg.algorithm
+    algorithm, one_arm = cfg.algorithm, cfg.env.at_an_arm
     replay = start_sac(cfg, run, agent, client)
     rollout = Rollout(envs, client, cfg.reward, algorithm.bootstrap_type)
     rollout.reset(cfg.runner.seed + run.step)
@@ -225,7 +281,9 @@ def train_sac(cfg: Config, run: Run, agent: SAC, envs, client: RewardClient | No
             paid += rollout.drain()
         for transitions in paid:
             replay.online.add(**transitions)
-        run.advance(envs.num_envs, losses, rollout.metrics)
+        may_evaluate = rollout.between_episodes or not one_arm
+        if run.advance(envs.num_envs, losses, rollout.metrics, may_evaluate) and one_arm:
+            rollout.reset(None)  # the arm has been elsewhere meanwhile
 
 
 def train_sac_async(cfg: Config, run: Run, agent: SAC, client: RewardClient | None) -> None:
@@ -271,14 +329,6 @@ def _take_all(metrics: dict[str, float]) -> dict[str, float]:
 # ----------------------------------------------------------------------------------------------------
 
 
-def record(envs, data: DataCollectionConfig, folder: Path, stack: ExitStack):
-    """The envs, with a recorder around them where `data_collection` says so."""
-    if not data.enabled:
-        return envs
-    writer = stack.enter_context(EpisodeWriter(data.save_dir or folder / "collected_data"))
-    return EpisodeRecorder(envs, data, writer)
-
-
 def let_critic_score(envs, agent: PPO | SAC):
     """The envs; a recorder among them may ask the agent's critic (`data_collection.gae_gamma`)."""
     if isinstance(envs, EpisodeRecorder):
@@ -300,7 +350,7 @@ def learn(cfg: Config, run: Run, agent: PPO | SAC, client: RewardClient | None, 
         run.save("last")
         if run.merit is None:
             run.evaluate()
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, ArmError, CameraError):
         run.save("last")
         print(f"\nstopped at step {run.step}; go on with runner.resume_dir={run.folder}/checkpoints/last")
         raise
@@ -328,16 +378,12 @@ def main() -> None:
     folder = new_run_dir(cfg.runner.logger.log_path, cfg.runner.logger.experiment_name)
     config.save(cfg, folder / "config.yaml")
     with ExitStack() as stack:
-        pool = stack.enter_context(EnvPool(cfg.env.train.num_workers, cfg.env.train.num_envs))
-        client = stack.enter_context(make_reward_client(cfg.reward)) if cfg.reward.use_reward_model else None
-
-        def open_envs(section: EnvConfig, views: tuple[str, ...]):
-            envs = pool.make(section, VIEWS if section.data_collection.enabled else views)
-            if client is not None:
-                client.check_envs(envs.spec)
-            return record(envs, section.data_collection, folder, stack)
-
-        eval_envs = open_envs(cfg.env.eval, VIEWS)
+        env, pixels = cfg.env, cfg.actor.model.pixels
+        if env.at_an_arm:
+            world = open_arm(env.train, cfg.devices, cfg.reward, pixels, folder, cfg.runner.seed, stack)
+        else:
+            world = open_simulation(env.train, env.eval, cfg.reward, pixels, folder, stack)
+        eval_envs, make_train_envs, client = world
         parts = (cfg.algorithm, cfg.actor.model, cfg.actor.optim, eval_envs.spec)
         if client is not None:
             client.set_task(eval_envs.spec.task_description)
@@ -351,8 +397,7 @@ def main() -> None:
         if cfg.runner.only_eval:
             run.resume(Path(cfg.runner.resume_dir))
         else:
-            views = client.camera_views if client is not None else ()
-            learn(cfg, run, agent, client, lambda: let_critic_score(open_envs(cfg.env.train, views), agent))
+            learn(cfg, run, agent, client, lambda: let_critic_score(make_train_envs(), agent))
         trained = time.perf_counter()
         summary = run.measure()
         seconds = {
@@ -360,7 +405,7 @@ def main() -> None:
             "evaluation": round(time.perf_counter() - trained, 1),
         }
         save_json({**summary, "seconds": seconds, "versions": versions()}, folder / "summary.json")
-        run.draw(fps=cfg.env.eval.control_freq or 20)
+        run.draw(cfg.env.fps)
     print(
         f"{folder}: true success {summary['true_success_once']:.2f} once, "
         f"{summary['true_success_at_end']:.2f} at the end, of {summary['num_episodes']} fresh episodes"

@@ -6,6 +6,7 @@ import pytest
 
 import collect
 import rl_train
+import teleop_eval
 import train_resnet
 import train_vlm
 from common import config
@@ -14,6 +15,9 @@ CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
 SETTINGS = {
     "demo_collect": collect.Config,
+    "demo_real_collect": collect.Config,
+    "demo_real_resnet": train_resnet.TrainConfig,
+    "demo_real_teleop": teleop_eval.Config,
     "demo_resnet": train_resnet.TrainConfig,
     "demo_rl": rl_train.Config,
     "demo_trend_collect": collect.Config,
@@ -25,6 +29,11 @@ SETTINGS = {
     "maniskill_ppo_mlp_resnet_reward": rl_train.Config,
     "maniskill_sac_mlp_resnet_reward_async": rl_train.Config,
     "qwen3vl_sft_qwentrend": train_vlm.TrainConfig,
+    "realworld_collect_dataset": collect.Config,
+    "realworld_collect_fixed_pose": collect.Config,
+    "realworld_sac_collect": collect.Config,
+    "realworld_sac_demo": rl_train.Config,
+    "realworld_teleop": teleop_eval.Config,
     "reward_training": train_resnet.TrainConfig,
 }
 

@@ -90,13 +90,18 @@ LEVELS = [
         "reward_models",
         "reward_client",
         "judging",
+        "reward_server",
         "reward_link",
         "video",
         "report",
         "trend_report",
+        "robot_envs",
+        "scripted_operator",
+        "session",
+        "live_trace",
     ],
     # 5 parts of an RL run
-    ["agents", "experience", "evaluation", "async_rollout", "run"],
+    ["agents", "experience", "evaluation", "async_rollout", "run", "policy_mix", "robot_run", "worlds"],
 ]
 
 # What others of its own level may import all the same, those to the right of it: module -> who.
@@ -125,7 +130,8 @@ WITHIN_LEVEL = {
     "wire": {"link"},
     "link_keys": {"link"},
     "reward_models": {"reward_client", "reward_link"},
-    "reward_client": {"judging", "reward_link"},
+    "reward_client": {"judging", "reward_server", "reward_link"},
+    "reward_server": {"reward_link"},
     "scenes": {"envs", "wrappers", "pixels", "maniskill_arm", "franka_config"},
     "envs": {"wrappers", "pixels"},
     "wrappers": {"pixels"},
@@ -139,11 +145,16 @@ WITHIN_LEVEL = {
     "arms": {"franka_config", "franka", "franka_wrappers"},
     "franka_config": {"franka", "franka_wrappers"},
     "franka": {"franka_wrappers"},
-    "video": {"report"},
-    "report": {"trend_report"},
-    "agents": {"async_rollout", "run"},
+    "video": {"report", "live_trace"},
+    "report": {"trend_report", "live_trace"},
+    "reward_link": {"robot_envs"},
+    "robot_envs": {"session"},
+    "scripted_operator": {"session"},
+    "session": {"live_trace"},
+    "agents": {"async_rollout", "run", "policy_mix"},
     "experience": {"async_rollout"},
     "evaluation": {"run"},
+    "robot_run": {"worlds"},
 }
 
 # Packages that are slow to import or that only some users have, and the modules about nothing else. Elsewhere
