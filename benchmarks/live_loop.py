@@ -63,7 +63,8 @@ class NoiseCamera:
 
 def period_errors_ms(placement: str, model_path: str, num_steps: int) -> tuple[list[float], float]:
     """-> (ms off 100 of each period, share of late verdicts)."""
-    task = FrankaTaskConfig(target_ee_pose=(0.5, 0.0, 0.1, -3.14, 0.0, 0.0), reset_move_s=0.1, step_hz=HZ)
+    target = (0.5, 0.0, 0.1, -3.14, 0.0, 0.0)
+    task = FrankaTaskConfig(target_ee_pose=target, reset_move_s=0.1, step_hz=HZ, realtime=True)
     camera = {"main": RealCameraConfig(backend="maniskill", serial="main_images")}
     cfg = FrankaConfig(
         override_cfg=task, arm=ManiSkillArmConfig(), cameras=camera, max_episode_steps=num_steps + 1

@@ -48,11 +48,16 @@ def render_facts(cfg: FrankaConfig) -> dict[str, Any]:
 
 
 class Asker:
-    """Shows the frames of each step to the judge, and waits for half a period at most. -> success_prob."""
+    """Shows the frames of each step to the judge -> success_prob.
+
+    Waits for half a period at most: the arm waits for no model. Where time stands still meanwhile, in a
+    simulation that keeps no clock, as long as the judge allows.
+    """
 
     def __init__(self, judge: LiveJudge, cfg: FrankaConfig):
         self.judge, self.cfg = judge, cfg
-        self.wait_s = 0.5 / cfg.override_cfg.step_hz
+        stands_still = isinstance(cfg.arm, ManiSkillArmConfig) and not cfg.override_cfg.realtime
+        self.wait_s = judge.timeout_s if stands_still else 0.5 / cfg.override_cfg.step_hz
         self.num_asked = 0
 
     def __call__(self, frames: dict[str, np.ndarray]) -> float | None:

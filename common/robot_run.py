@@ -16,7 +16,6 @@ import gymnasium
 import numpy as np
 import torch
 
-from common.arms import ManiSkillArmConfig
 from common.devices import DevicesConfig, hid_reports, make_keyboard, make_mouse
 from common.envs import Step
 from common.franka_config import FrankaConfig
@@ -113,10 +112,7 @@ def open_robot(cfg: FrankaConfig, devices: DevicesConfig, reward: RewardConfig, 
         if reward.standalone_realworld:
             judge = stack.enter_context(make_judge(reward))
             client = judge.client
-            ask = Asker(judge, cfg)
-            if isinstance(cfg.arm, ManiSkillArmConfig) and not cfg.override_cfg.realtime:
-                ask.wait_s = judge.timeout_s  # the arm stands still meanwhile
-            verdict = partial(RewardModelSuccess, judge=ask, threshold=client.threshold)
+            verdict = partial(RewardModelSuccess, judge=Asker(judge, cfg), threshold=client.threshold)
         elif reward.use_reward_model:
             client = stack.enter_context(make_reward_client(reward))
         if devices.operator == "scripted":
