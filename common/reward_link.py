@@ -68,7 +68,7 @@ class LiveJudge:
         return verdict
 
     def wait(self, timeout_s: float | None = None) -> LiveVerdict | None:
-        """The verdict on the frames asked about last, or None when the time (null: `timeout_s`) is up."""
+        """The verdict on the frames asked about last, or None when the time (None: `timeout_s`) is up."""
         deadline = time.monotonic() + (self.timeout_s if timeout_s is None else timeout_s)
         self._look()
         while self._waiting is not None or (self._under_way is not None and not self._is_late):

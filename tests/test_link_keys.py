@@ -115,7 +115,7 @@ def test_strangers_are_refused_and_the_server_goes_on(start, keys, tmp_path):
         (None, "its keys are not those of reward.link.keys"),
     ):
         with pytest.raises(UserError, match=reason):
-            RewardLink(linked(served, link={"keys": keys_dir, "timeout_s": 1.0}))
+            RewardLink(linked(served, link={"keys": keys_dir, "timeout_s": 2.0}))
     until(lambda: "refused: a connection without a key" in served.log())
     assert served.model.batches == []
     with RewardLink(linked(served, link={"keys": str(keys / "robot")})) as link:
@@ -125,7 +125,7 @@ def test_strangers_are_refused_and_the_server_goes_on(start, keys, tmp_path):
 def test_a_client_with_keys_tells_nothing_to_a_server_without(start, keys):
     served = start(FakeModel())
     with pytest.raises(UserError, match="no reward server is there"):
-        RewardLink(linked(served, link={"keys": str(keys / "robot"), "timeout_s": 1.0}))
+        RewardLink(linked(served, link={"keys": str(keys / "robot"), "timeout_s": 2.0}))
     assert served.server.stats.clients == set()
 
 

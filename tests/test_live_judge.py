@@ -138,7 +138,7 @@ def test_driving_goes_on_without_the_server_and_verdicts_return_with_it(start):
             begin = time.monotonic()
             judge.ask(frame_of(70), step)
             assert judge.wait(0.02) is None
-            assert time.monotonic() - begin < 2
+            assert time.monotonic() - begin < 5
         start(FakeModel(), first.endpoint)
         steps = iter(range(6, 100_000))
 
@@ -259,7 +259,7 @@ def test_a_killed_and_a_frozen_server():
             step = next(steps)
             judge.ask(frame_of(80), step)
             verdict = judge.wait(0.02)
-            assert time.monotonic() - begin < 2  # the arm never waits
+            assert time.monotonic() - begin < 5  # the arm never waits
             assert verdict is None or verdict == (step, pytest.approx(0.8))
             return verdict
 
