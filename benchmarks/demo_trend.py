@@ -102,17 +102,12 @@ def run_controls(folder: str, seed: int) -> dict:
     """True success of the same RL on the same data paid nothing and paid what a perfect model would pay, and
     of the policy before its first step in the env."""
     command = [part for part in stages(folder, seed)["rl"] if "log_path" not in part]
-    run_stage([*command, f"runner.logger.log_path={folder}/rl_nothing", "reward.reward_weight=0"])
     run_stage([*command, f"runner.logger.log_path={folder}/rl_imitation", "runner.max_steps=2"])
-    perfect = [part for part in command[2:] if "reward.model" not in part]
-    run_stage(
-        [
-            "rl_train.py",
-            "configs/demo_trend_oracle.yaml",
-            *perfect,
-            f"runner.logger.log_path={folder}/rl_oracle",
-        ]
-    )
+    # Neither needs the trained model: zero times anything is nothing, and the label rule knows the distances.
+    seeded = [part for part in command[2:] if "reward.model" not in part]
+    perfect = ["rl_train.py", "configs/demo_trend_oracle.yaml", *seeded]
+    run_stage([*perfect, f"runner.logger.log_path={folder}/rl_nothing", "reward.reward_weight=0"])
+    run_stage([*perfect, f"runner.logger.log_path={folder}/rl_oracle"])
     return {
         name: load_json(ROOT / folder / f"rl_{name}" / "summary.json")["true_success_once"]
         for name in CONTROLS
