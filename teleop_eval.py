@@ -15,6 +15,7 @@ the marks), `trace.npz`, `scores.png`, `trace.mp4`, and the marked frames as `la
 `collect.py` and `common.labelling.write_payloads` make training data.
 """
 
+import gc
 import sys
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
@@ -130,6 +131,7 @@ def evaluate(cfg: Config, folder: Path) -> None:
             facts = FrameFacts(env.task, render_facts(env), task_description=env.description)
             store = stack.enter_context(FrameStore(folder, facts))
         marks, trace = Marks(), LiveTrace(runner.max_video_steps)
+        gc.freeze()  # else collecting torch's objects stops the loop for 0.2 s now and then
         try:
             for number, moment in enumerate(session.moments(runner.seed, runner.max_steps), start=1):
                 marked = marks.take(moment)

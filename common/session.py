@@ -5,6 +5,7 @@ Keys: `c` success and `a` fail (what that means is the caller's), `u` undo, spac
 
 import contextlib
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -92,6 +93,7 @@ def open_session(
     """Devices, arm, cameras and env. However the block ends, the arm stops, the devices are closed and the
     terminal is as it was. verdict: see `franka_wrappers.wrap_franka`. Raises UserError."""
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_ended_by_signals())
         if devices.operator == "scripted":
             operator = ScriptedOperator(seed)
             mouse = stack.enter_context(operator.mouse)
@@ -104,6 +106,21 @@ def open_session(
         if operator is not None:
             operator.watch(env.unwrapped)
         yield Session(env, cfg, keyboard, line)
+
+
+@contextlib.contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """SIGTERM, and SIGHUP of an SSH connection that drops, end the block like an exception: the arm stops."""
+
+    def leave(number: int, _frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class StatusLine:

@@ -1,17 +1,19 @@
 """common/session.py: an operator at the arm, with scripts for hands."""
 
+import signal
+
 import numpy as np
 import pytest
 
 from common.arms import ManiSkillArmConfig
 from common.cameras import RealCameraConfig
-from common.devices import ScriptedKeyboard
+from common.devices import DevicesConfig, KeyboardConfig, ScriptedKeyboard
 from common.franka import FrankaEnv
 from common.franka_config import FrankaConfig, FrankaTaskConfig
 from common.franka_wrappers import wrap_franka
 from common.poses import to_quat_pose
 from common.scripted_operator import ScriptedOperator
-from common.session import Session, SessionLog, StatusLine, label_of
+from common.session import Session, SessionLog, StatusLine, label_of, open_session
 from tests.real_doubles import ToyArm, ToyCamera
 
 TARGET = (0.5, 0.0, 0.1, -3.14, 0.0, 0.0)
@@ -19,8 +21,7 @@ TARGET = (0.5, 0.0, 0.1, -3.14, 0.0, 0.0)
 
 def config(**changes) -> FrankaConfig:
     task = FrankaTaskConfig(target_ee_pose=TARGET, reset_move_s=0.1, clip_z_range_low_m=0.05)
-    arm = ManiSkillArmConfig(cameras=None)
-    return FrankaConfig(override_cfg=task, arm=arm, **changes)
+    return FrankaConfig(override_cfg=task, **({"arm": ManiSkillArmConfig(cameras=None)} | changes))
 
 
 MAIN = {"main_images": RealCameraConfig(backend="maniskill", serial="main_images")}
@@ -111,3 +112,22 @@ def test_the_scripted_operator_reaches_the_target_leaves_it_and_says_where_it_is
     assert all(label == 1 for label, now in zip(labels, inside, strict=True) if now)
     assert not any(label == 1 for label, now in zip(labels, inside, strict=True) if not now)
     assert labels.count(0) > 20 and labels.count(None) > 0  # near the border it says nothing
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_stops_the_arm_like_an_exception(number):
+    """A process that is ended, or whose SSH connection drops, leaves no arm alone with its last command."""
+    before = signal.getsignal(number)
+    cfg = config(max_episode_steps=50)
+    devices = DevicesConfig(keyboard=KeyboardConfig(backend="scripted", keys=[]))
+    calls = []
+    with (
+        pytest.raises(SystemExit) as ended,
+        open_session(cfg, devices, StatusLine()) as opened,
+    ):
+        opened.env.unwrapped.arm.stop = lambda: calls.append("stop")
+        for moment in opened.moments(seed=0):
+            if moment.step == 3:
+                signal.raise_signal(number)
+    assert ended.value.code == 128 + number and calls
+    assert signal.getsignal(number) == before
