@@ -14,6 +14,7 @@ from collect import CheckpointPolicy, Mix, RandomPolicy, RunnerConfig, ScriptedP
 from common.envs import EnvSpec
 from common.episodes import list_episodes, read_episode
 from common.files import load_json
+from common.policy_mix import NOISE_MEMORY
 from common.runtime import run_script
 from common.scenes import EnvConfig
 
@@ -215,7 +216,7 @@ def test_noise_keeps_its_size_from_step_to_step():
     noise = torch.stack([mix.act(torch.zeros(500, 17)) for _ in range(20)])
     assert noise.std(dim=(1, 2)).sub(0.2).abs().max() < 0.02
     along = (noise[1:] * noise[:-1]).mean() / noise.pow(2).mean()
-    assert abs(along - collect.NOISE_MEMORY) < 0.03
+    assert abs(along - NOISE_MEMORY) < 0.03
 
 
 def scene(tcp_x: float = 0.0) -> torch.Tensor:

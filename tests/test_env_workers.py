@@ -54,7 +54,9 @@ def rollout(envs: WorkerEnvs, seed: int, modes: list[Render | torch.Tensor]) -> 
 def parts(step: Step) -> dict[str, torch.Tensor]:
     groups = {"info": step.info, "frames": step.frames, "reset_frames": step.reset_frames}
     nested = {f"{name}.{key}": value for name, group in groups.items() for key, value in group.items()}
-    return {**{key: value for key, value in vars(step).items() if key not in groups}, **nested}
+    assert step.action is None  # executed as given
+    flat = {key: value for key, value in vars(step).items() if key not in (*groups, "action")}
+    return {**flat, **nested}
 
 
 def assert_same(ours: list, theirs: list) -> None:
