@@ -28,7 +28,7 @@ TINY += ["env.eval.render_backend=cpu", "runner.num_episodes=3"]
 def first_start(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess]:
     folder = tmp_path_factory.mktemp("collect") / "run"
     command = [sys.executable, str(ROOT / "collect.py"), DEMO, *TINY, f"runner.logger.log_path={folder}"]
-    return folder, subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return folder, subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture
