@@ -98,6 +98,7 @@ def load_config(folder: Path) -> rl_train.Config:
         "runner.device=cpu",
         "algorithm.prior_data=null",
         "algorithm.offline_updates=0",
+        "algorithm.imitation_coef=0",
         "algorithm.learning_starts=100",  # later than our first verdicts, so that both update as often
         "actor.model.norm_obs=false",
         "env.train.sim_backend=cpu",
