@@ -114,11 +114,14 @@ class Stopwatch:
     def evaluates_after(self, env_steps: int) -> bool:
         return self.step + env_steps >= self.max_steps
 
-    def advance(self, env_steps: int, losses: dict, rollout_metrics: Callable) -> None:
+    def advance(
+        self, env_steps: int, losses: dict, rollout_metrics: Callable, may_evaluate: bool = True
+    ) -> bool:
         self.last = time.perf_counter()
         if self.step == 0:
             self.first = self.last  # what comes before is making the buffer and the first reset
         self.step += env_steps
+        return False
 
 
 def rl_rows(quick: bool) -> list[dict]:
