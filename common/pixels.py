@@ -14,7 +14,7 @@ from torch import Tensor
 from common.envs import EnvSpec, Render, Step
 from common.runtime import UserError
 from common.scenes import VIEWS
-from common.wrappers import asked_reset
+from common.wrappers import only_asked
 
 
 def seen_views(spec: EnvSpec) -> list[str]:
@@ -88,16 +88,3 @@ class PixelObs:
     @staticmethod
     def _beside(obs: Tensor, pixels: Tensor) -> Tensor:
         return torch.cat([obs, pixels.to(obs.device)], dim=1)
-
-
-def only_asked(step: Step, asked: Tensor) -> Step:
-    """A step that shows all frames, with those alone that its caller asked for, `asked` () or (N,)."""
-    done = step.done.cpu()
-    rows = ((asked >= Render.ALWAYS) | ((asked == Render.IF_DONE) & done)).expand(len(done))
-    rows = rows.nonzero().squeeze(1)
-    kept = [row for row, env in enumerate(step.reset_ids.tolist()) if asked_reset(asked, env)]
-    step.frames = {view: images[rows] for view, images in step.frames.items()} if len(rows) else {}
-    step.frame_ids = rows
-    step.reset_frames = {view: images[kept] for view, images in step.reset_frames.items()} if kept else {}
-    step.reset_ids = step.reset_ids[kept]
-    return step

@@ -64,7 +64,7 @@ class EpisodeRecorder:
             if done[i]:
                 self._finish(episode)
                 self._episodes[i] = self._begin(i, obs[i], reset_frames, first_frame[i], first_info)
-        return self._only_asked(step)
+        return only_asked(step, self._asked)
 
     def step(self, action: torch.Tensor, render: Render | torch.Tensor = Render.NONE) -> Step:
         self.step_async(action, render)
@@ -120,15 +120,18 @@ class EpisodeRecorder:
         self.num_frames += len(episode["observations"]) * len(self.spec.frame_shape)
         self.writer.put({**episode, "success": success, "step": self.num_steps})
 
-    def _only_asked(self, step: Step) -> Step:
-        asked = (self._asked >= Render.ALWAYS) | ((self._asked == Render.IF_DONE) & step.done.cpu())
-        rows = asked.expand(self.num_envs).nonzero().squeeze(1)
-        step.frames = {view: images[rows] for view, images in step.frames.items()} if len(rows) else {}
-        step.frame_ids = rows
-        kept = [row for row, env in enumerate(step.reset_ids.tolist()) if asked_reset(self._asked, env)]
-        step.reset_frames = {view: images[kept] for view, images in step.reset_frames.items()} if kept else {}
-        step.reset_ids = step.reset_ids[kept]
-        return step
+
+def only_asked(step: Step, asked: torch.Tensor) -> Step:
+    """A step that shows all frames, with those alone that its caller asked for, `asked` () or (N,)."""
+    done = step.done.cpu()
+    rows = ((asked >= Render.ALWAYS) | ((asked == Render.IF_DONE) & done)).expand(len(done))
+    rows = rows.nonzero().squeeze(1)
+    kept = [row for row, env in enumerate(step.reset_ids.tolist()) if asked_reset(asked, env)]
+    step.frames = {view: images[rows] for view, images in step.frames.items()} if len(rows) else {}
+    step.frame_ids = rows
+    step.reset_frames = {view: images[kept] for view, images in step.reset_frames.items()} if kept else {}
+    step.reset_ids = step.reset_ids[kept]
+    return step
 
 
 def asked_reset(asked: torch.Tensor, env: int) -> bool:
