@@ -200,7 +200,7 @@ def test_ctrl_c_in_a_terminal_leaves_it_as_it_was(tmp_path):
     argv += ["env.eval.override_cfg.realtime=true"]
     process = subprocess.Popen(
         command("collect.py", *argv), stdin=theirs, stdout=theirs, stderr=theirs, cwd=tmp_path,
-        start_new_session=True, preexec_fn=lambda: os.set_blocking(0, True),
+        start_new_session=True,
     )  # fmt: skip
     shown = b""
 
