@@ -140,10 +140,11 @@ def evaluate(cfg: Config, folder: Path) -> None:
                 if store is not None and truth != UNKNOWN:
                     store.add(moment.frames["main_images"], truth, moment.episode, moment.step)
                 text = line_of(number, moment.info, cfg.reward)
-                log.write(text)
-                line.show(text)
                 if moment.done:
                     log.say(f"{text} | episode {moment.episode} ended")
+                else:
+                    log.write(text)
+                    line.show(text)
         finally:  # after Ctrl-C and errors too: what was driven is not lost
             report(trace, judge, threshold, folder, 1 / session.env.unwrapped.rate.period_s)
 
