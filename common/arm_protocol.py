@@ -9,8 +9,10 @@ from typing import Protocol
 
 import numpy as np
 
+from common.runtime import UserError
 
-class ArmError(RuntimeError):
+
+class ArmError(UserError):
     """Control of the arm is lost; the message says what to do. `Arm.recover` takes it back."""
 
 

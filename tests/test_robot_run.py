@@ -1,7 +1,10 @@
 """RL at an arm: who is paid by whose verdict, which action is stored, when there is an evaluation."""
 
+import contextlib
 import json
 import sys
+import threading
+import time
 from functools import partial
 from pathlib import Path
 
@@ -26,6 +29,7 @@ from common.experience import Replay, Rollout, prior_buffer
 from common.franka import FrankaEnv
 from common.franka_config import FrankaConfig, FrankaTaskConfig
 from common.franka_wrappers import RewardModelSuccess, wrap_franka
+from common.labelling import read_labelled
 from common.nets import ActorModelConfig, OptimConfig
 from common.pixels import PixelObs
 from common.poses import to_quat_pose
@@ -37,6 +41,7 @@ from common.run import Run, RunnerConfig
 from common.runtime import UserError
 from common.sac import SACConfig
 from common.session import Session, StatusLine
+from tests.arm_servers import SerlServer
 from tests.real_doubles import ToyArm, ToyCamera
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -350,6 +355,63 @@ def test_the_demo_learns_in_what_its_prior_data_was_collected_in():
     collected = config.from_yaml(collect.Config, ROOT / "configs" / "realworld_sac_collect.yaml")
     assert learned.env.train == learned.env.eval == collected.env.eval
     assert learned.algorithm.prior_data == f"{collected.runner.logger.log_path}/collected_data"
+
+
+# ----------------------------------------------------------------------------------------------------
+# The arm is gone
+
+LABEL = """
+env:
+  eval:
+    env_type: realworld
+    task: toy
+    no_gripper: true
+    use_spacemouse: true
+    max_episode_steps: 20
+    arm: {backend: serl_http, url: URL}
+    cameras: {main_images: {backend: opencv, serial: "0"}}
+    override_cfg: {target_ee_pose: [0.5, 0.0, 0.1, -3.14, 0.0, 0.0], step_hz: 50, reset_move_s: 0.1,
+      joint_reset_cycle: null}
+devices: {operator: scripted}
+runner: {num_success_frames: 15, num_fail_frames: 30, val_split: 0.3, logger: {log_path: run}}
+"""
+
+
+def test_a_killed_arm_server_is_one_line_and_labelling_goes_on_where_it_was(monkeypatch, tmp_cwd):
+    """collect.py, the operator's devices and the HTTP arm are the real ones; the camera is a toy."""
+
+    @contextlib.contextmanager
+    def toy_cameras(*_):
+        yield {"main_images": ToyCamera()}
+
+    def label() -> None:
+        monkeypatch.setattr(sys, "argv", ["collect.py", "label.yaml"])
+        collect.main()
+
+    monkeypatch.setattr("common.franka_wrappers.open_cameras", toy_cameras)
+    home = FrankaTaskConfig(target_ee_pose=TARGET).reset_pose()
+    with SerlServer(lambda: ToyArm(home), home_q=[0.0] * 7) as server:
+        Path("label.yaml").write_text(LABEL.replace("URL", server.url))
+
+        def kill_in_mid_motion() -> None:
+            while not Path("run").is_dir() or server.posts.count("pose") < 40:
+                time.sleep(0.01)
+            server.kill()
+
+        killer = threading.Thread(target=kill_in_mid_motion)
+        killer.start()
+        with pytest.raises(UserError, match=r"pose does not answer|getstate does not answer"):
+            label()
+        killer.join()
+        kept = read_labelled("run").label
+        assert 5 <= len(kept) < 45
+        server.start()
+        label()
+    frames = read_labelled("run")
+    assert (int(frames.label.sum()), len(frames)) == (15, 45)
+    log = Path("run/run_collect_process.log").read_text()
+    assert "ended by ArmError: " in log
+    assert f"run holds {int(kept.sum())} success and {int((kept == 0).sum())} fail frames" in log
 
 
 # ----------------------------------------------------------------------------------------------------
