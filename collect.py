@@ -1,6 +1,7 @@
 """Collect data: episodes from a mix of policies in simulation, or what an operator does at an arm.
 
     python collect.py configs/demo_collect.yaml [key=value ...]
+    python collect.py configs/x.yaml --render-from DIR [key=value ...]    (draw recorded episodes, see below)
     python collect.py configs/realworld_collect_dataset.yaml          (label frames with keys)
     python collect.py configs/realworld_collect_fixed_pose.yaml       (episodes that end at a target pose)
 
@@ -11,8 +12,12 @@ Out, in the run folder: `config.yaml`, `summary.json` and
 - labelled frames: `labelled_frames.bin` (format: common/labelling.py), each on the disk as soon as it is
   labelled, and from all of them `train.pt` and `val.pt` for train_resnet.py.
 A second start with the same `log_path` goes on where the first one stopped.
+
+Episodes collected with `env.eval.data_collection.frames=sim_state` have no pictures. `--render-from` draws
+those in DIR by the cameras of the config and writes them anew: cameras can be tried on the same episodes.
 """
 
+import sys
 import time
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -24,16 +29,17 @@ from tqdm import tqdm
 from common import config
 from common.devices import DevicesConfig
 from common.env_workers import EnvPool
-from common.envs import EnvSpec
-from common.episodes import EpisodeWriter, read_episode
+from common.envs import SIM_STATE, EnvSpec
+from common.episodes import EpisodeWriter, list_episodes, read_episode
 from common.files import new_run_dir, save_json
 from common.franka_config import FrankaConfig
 from common.labelling import FrameFacts, FrameStore, progress_line, write_payloads
 from common.log import LoggerConfig
 from common.policy_mix import CheckpointPolicy, Mix, RandomPolicy, ScriptedPolicy
+from common.rerender import render_episodes
 from common.robot_envs import RobotEnvs, render_facts
 from common.runtime import UserError, run_script, seed_everything, set_threads
-from common.scenes import EnvConfig
+from common.scenes import VIEWS, EnvConfig
 from common.session import KEYS_HELP, UNDO, SessionLog, StatusLine, open_session
 from common.wrappers import EpisodeRecorder
 
@@ -135,7 +141,7 @@ def collect(cfg: Config, run_dir: Path, folder: Path) -> dict:
     env, runner = cfg.env.eval, cfg.runner
     by_policy = [{"policy": p.label, "episodes": 0, "success_once": 0} for p in cfg.policies]
     with EnvPool(env.num_workers, env.num_envs) as pool:
-        envs = pool.make(env)
+        envs = pool.make(env, VIEWS if env.data_collection.frames == "rendered" else (SIM_STATE,))
         before, successes_before = episodes_present(folder, envs.spec)
         config.save(cfg, run_dir / "config.yaml")  # not where the start is refused: it tells of what is there
         if before:
@@ -263,6 +269,20 @@ def record_operator(cfg: Config, run_dir: Path, folder: Path) -> dict:
 # ----------------------------------------------------------------------------------------------------
 
 
+def render(cfg: Config, source: Path, run_dir: Path, folder: Path) -> dict:
+    """The episodes of `source`, with pictures, in `folder`. -> for summary.json."""
+    paths = list_episodes(source)
+    if source.resolve() == folder.resolve():
+        raise UserError(f"--render-from {source} would write over what it reads; choose another log_path")
+    config.save(cfg, run_dir / "config.yaml")
+    start = time.perf_counter()
+    for _ in tqdm(render_episodes(paths, folder, cfg.env.eval), "draw", len(paths), unit="ep"):
+        pass
+    seconds = round(time.perf_counter() - start, 1)
+    print(f"{folder}: {len(paths)} episodes with pictures, in {seconds} s")
+    return {"num_episodes": len(paths), "seconds": seconds}
+
+
 def print_table(summary: dict, folder: Path) -> None:
     print(f"\n{'policy':<20}{'episodes':>10}{'succeeded once':>16}")
     for row in summary["by_policy"]:
@@ -275,12 +295,24 @@ def print_table(summary: dict, folder: Path) -> None:
 
 
 def main() -> None:
-    cfg = config.load(Config, description=__doc__)
+    argv, source = sys.argv[1:], None
+    if "--render-from" in argv:
+        at = argv.index("--render-from")
+        if at + 1 == len(argv):
+            raise UserError("--render-from wants the folder of the episodes to draw")
+        source = Path(argv[at + 1])
+        argv[at : at + 2] = []
+    cfg = config.load(Config, argv, description=__doc__)
     set_threads(1)
     seed_everything(cfg.runner.seed)
     run_dir = new_run_dir(cfg.runner.logger.log_path, cfg.runner.logger.experiment_name, may_append=True)
     folder = Path(cfg.env.eval.data_collection.save_dir or run_dir / "collected_data")
     at_an_arm = isinstance(cfg.env.eval, FrankaConfig)
+    if source is not None:
+        if at_an_arm:
+            raise UserError("--render-from draws simulated episodes; an arm's have their pictures")
+        save_json(render(cfg, source, run_dir, folder), run_dir / "summary.json")
+        return
     if cfg.runner.labels_frames:
         summary = label_frames(cfg, run_dir)
     elif at_an_arm:

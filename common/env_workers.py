@@ -11,7 +11,7 @@ from multiprocessing.connection import Connection
 
 import torch
 
-from common.envs import EnvSpec, ManiSkillEnvs, Render, Step
+from common.envs import SIM_STATE, EnvSpec, ManiSkillEnvs, Render, Step
 from common.processes import Child
 from common.scenes import VIEWS, EnvConfig
 
@@ -27,8 +27,8 @@ class EnvArrays:
     env_reward: torch.Tensor  # (N,) float32
     flags: torch.Tensor  # (N, 4) bool: terminated, truncated, frame rendered, reset frame rendered
     info: torch.Tensor  # (N, I) float32
-    frames: dict[str, torch.Tensor]  # view -> (N, H, W, 3) uint8
-    reset_frames: dict[str, torch.Tensor]  # view -> (N, H, W, 3) uint8
+    frames: dict[str, torch.Tensor]  # view -> (N, H, W, 3) uint8; SIM_STATE: (N, S) float32
+    reset_frames: dict[str, torch.Tensor]  # the same
 
     @classmethod
     def allocate(cls, spec: EnvSpec, n: int) -> "EnvArrays":
@@ -36,7 +36,8 @@ class EnvArrays:
             return torch.zeros(shape, dtype=dtype).share_memory_()
 
         def pictures():
-            return {view: shared(n, *shape, dtype=torch.uint8) for view, shape in spec.frame_shape.items()}
+            kinds = {view: torch.float32 if view == SIM_STATE else torch.uint8 for view in spec.frame_shape}
+            return {view: shared(n, *shape, dtype=kinds[view]) for view, shape in spec.frame_shape.items()}
 
         return cls(
             action=shared(n, spec.action_dim),

@@ -23,6 +23,8 @@ from gymnasium.spaces import Box
 from common.runtime import UserError
 from common.scenes import VIEWS, EnvConfig, camera_facts, make_base_env
 
+SIM_STATE = "sim_state"  # a "view" that looks at the simulator's whole state, to be drawn later: (S,) float32
+
 
 class Render(IntEnum):
     """What to render after a step, per env."""
@@ -39,13 +41,13 @@ class EnvSpec:
     action_dim: int
     obs_layout: dict[str, tuple[int, int]]  # name of each part of the state -> its columns [start, stop)
     info_types: dict[str, torch.dtype]  # per-env scalars of ManiSkill's info, "success" among them
-    frame_shape: dict[str, tuple[int, int, int]]  # view -> (H, W, 3)
+    frame_shape: dict[str, tuple[int, ...]]  # view -> (H, W, 3); of SIM_STATE (S,)
     task: str
     task_description: str
     control: dict[str, Any]  # what an action means; kept in episodes, compared before they are mixed
-    render: dict[
-        str, Any
-    ]  # what made the pictures; kept in episodes and reward models, compared before scoring
+    # what made the pictures, None where there are none; kept in episodes and reward models, compared before
+    # scoring
+    render: dict[str, Any] | None
 
 
 @dataclass
@@ -162,6 +164,8 @@ class ManiSkillEnvs:
         """Pictures of the present state: view -> (M, H, W, 3) uint8 for the M envs asked for."""
         if len(env_ids) == 0:
             return {}
+        if self.views == (SIM_STATE,):
+            return {SIM_STATE: self.env.get_state()[env_ids].float()}
         scene = self.env.scene
         for marker in self.env._hidden_objects:  # goal sites, unless they are to be seen
             marker.hide_visual()
@@ -176,6 +180,11 @@ class ManiSkillEnvs:
         for marker in self.env._hidden_objects:
             marker.show_visual()
         return frames
+
+    def render_state(self, sim_state: torch.Tensor) -> dict[str, torch.Tensor]:
+        """`render` of all envs as they were when SIM_STATE looked at them: sim_state (N, S)."""
+        self.env.set_state(sim_state.to(self.device))
+        return self.render(torch.arange(self.num_envs, device=self.device))
 
     def close(self) -> None:
         self.env.close()
@@ -220,12 +229,19 @@ class ManiSkillEnvs:
             k: v for k, v in info.items() if isinstance(v, torch.Tensor) and v.shape == (self.num_envs,)
         }
         cameras = {view: self.env._sensor_configs[view] for view in VIEWS}
+        if SIM_STATE in self.views and self.env.reconfiguration_freq:
+            raise UserError(
+                f"{self.cfg.task} builds other objects for each episode, and a state does not tell them: "
+                "render while collecting (data_collection.frames: rendered)"
+            )
+        shapes = {view: (camera.height, camera.width, 3) for view, camera in cameras.items()}
+        shapes[SIM_STATE] = (self.env.get_state().shape[1],)
         return EnvSpec(
             obs_dim=column,
             action_dim=action_space.shape[0],
             obs_layout=layout,
             info_types={k: scalars[k].dtype for k in sorted(scalars) if k != "elapsed_steps"},
-            frame_shape={view: (cameras[view].height, cameras[view].width, 3) for view in self.views},
+            frame_shape={view: shapes[view] for view in self.views},
             task=self.cfg.task,
             task_description=self.cfg.description,
             control={
@@ -234,7 +250,9 @@ class ManiSkillEnvs:
                 "max_episode_steps": self.cfg.max_episode_steps,
                 "observe_time": self.cfg.observe_time,
             },
-            render={
+            render=None
+            if self.views == (SIM_STATE,)
+            else {
                 "task": self.cfg.task,
                 "shader": self.cfg.cameras.shader,
                 "low_poly": self.cfg.low_poly,

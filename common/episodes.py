@@ -6,7 +6,8 @@
 - `rank`, `env_idx`, `episode_id`, `step`: int; `step` is the recorder's global step.
 - `success`: bool, of the whole episode (`success_once`).
 - `observations`: list of T+1 dicts, the first from the reset: `main_images` (H, W, 3) uint8 RGB,
-  `extra_view_images` (V, H, W, 3) or (H, W, 3) uint8 or None, `states` (D,) float32.
+  `extra_view_images` (V, H, W, 3) or (H, W, 3) uint8 or None, `states` (D,) float32; in place of pictures
+  `sim_state` (S,) float32, from which `collect.py --render-from` draws them.
 - `actions`: list of T arrays (A,) float32.
 - `rewards`, `terminated`, `truncated`, `infos`: lists of T+1. The first entry is the reset's (0.0, False,
   False, {}), so that all align with `observations`.

@@ -69,6 +69,8 @@ class DataCollectionConfig:
     enabled: bool = False
     save_dir: str | None = None  # null: collected_data in the run folder
     export_format: Literal["pickle"] = "pickle"
+    # sim_state: no pictures but the simulator's state; collect.py --render-from draws them, by any cameras
+    frames: Literal["rendered", "sim_state"] = "rendered"
     only_success: bool = False  # keep only episodes that succeeded and terminated
     # rl_train.py: write the critic's score of each frame into the episodes, as `gae` (see common/trend.py).
     gae_gamma: float | None = None  # discount, that of the algorithm; null: no score

@@ -101,7 +101,17 @@ LEVELS = [
         "live_trace",
     ],
     # 5 parts of an RL run
-    ["agents", "experience", "evaluation", "async_rollout", "run", "policy_mix", "robot_run", "worlds"],
+    [
+        "agents",
+        "experience",
+        "evaluation",
+        "async_rollout",
+        "run",
+        "policy_mix",
+        "rerender",
+        "robot_run",
+        "worlds",
+    ],
 ]
 
 # What others of its own level may import all the same, those to the right of it: module -> who.
