@@ -54,7 +54,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--fail-success-ratio", type=float, default=2.0, help="fail frames per success frame, at most")
     add("--balance-val", action=yes_no, default=False, help="cut val to that ratio as well")
     add("--label", help="key of the step infos that labels a frame; default: in_zone, else success")
-    add("--view", choices=VIEWS, default="main_images", help="camera")
+    add("--view", choices=VIEWS, nargs="+", default=["main_images"], help="camera; both: two in one frame")
     add("--seed", type=int, default=42, help="of the split and of the choice of fail frames")
     add("--num-workers", type=int, default=1, help="threads that read; pays on cold or slow disks")
     add("--skip-bad", action="store_true", help="go on without unreadable episodes, and list them")
@@ -95,20 +95,26 @@ class Outline:
     render: dict | None  # as JSON would give it back: lists for tuples and arrays
 
 
-def read_outline(path: Path, view: str, label: str | None) -> Outline | UserError:
-    """A file of no use for this view and label gives the complaint, for the caller to raise or list."""
+def read_outline(path: Path, views: list[str], label: str | None) -> Outline | UserError:
+    """A file of no use for these views and label gives the complaint, for the caller to raise or list."""
     try:
         episode = read_episode(path, views=())
-        if view not in episode.image_shapes:
-            met = ", ".join(episode.image_shapes) or "no images"
-            raise UserError(f"{path} has no view {view}, only {met}; choose another --view or collect it")
+        shapes = episode.image_shapes
+        if missing := [view for view in views if view not in shapes]:
+            met = ", ".join(shapes) or "no images"
+            raise UserError(
+                f"{path} has no view {missing[0]}, only {met}; choose another --view or collect it"
+            )
+        if len({shapes[view] for view in views}) > 1:
+            met = " and ".join(f"{view} {shapes[view]}" for view in views)
+            raise UserError(f"{path} has {met}; two cameras in one frame need one size")
         if label is None:  # success waits until the pose was held, and the frames before would lie
             label = "in_zone" if any("in_zone" in info for info in episode.infos) else "success"
         return Outline(
             path=path,
             label=label,
             labels=frame_labels(episode.infos, label, required=True),
-            image_shape=episode.image_shapes[view],
+            image_shape=shapes[views[0]],
             task=episode.task,
             task_description=episode.task_description,
             render=json.loads(to_json(episode.render)),
@@ -121,7 +127,7 @@ def read_outline(path: Path, view: str, label: str | None) -> Outline | UserErro
 
 def survey(paths: list[Path], args: argparse.Namespace) -> tuple[list[Outline], list[str]]:
     """Outlines of usable episodes, which look alike, and complaints about the others."""
-    read = partial(read_outline, view=args.view, label=args.label)
+    read = partial(read_outline, views=args.view, label=args.label)
     outlines, bad = preprocessing.survey(read, paths, args.skip_bad, args.num_workers)
     traits = {
         "image sizes": lambda o: o.image_shape,
@@ -230,7 +236,8 @@ def describe(
         "num_val_samples": len(after["val"].label),
         "balance_val": args.balance_val,
         "label": outlines[0].label,
-        "view": args.view,
+        "view": args.view[0],
+        "views": args.view,
         "image_size": list(outlines[0].image_shape[:2]),  # [H, W] pixels
         "render": outlines[0].render,
         "tasks": sorted({outline.task for outline in outlines if outline.task}),
@@ -258,7 +265,10 @@ def write(
 
     def read(task: tuple[int, str, np.ndarray]) -> tuple[str, list[np.ndarray]]:
         episode, split, times = task
-        return split, read_frames(outlines[episode].path, args.view, times)
+        by_view = [read_frames(outlines[episode].path, view, times) for view in args.view]
+        if len(by_view) == 1:
+            return split, by_view[0]
+        return split, [np.stack(shown) for shown in zip(*by_view, strict=True)]
 
     with contextlib.ExitStack() as stack:
         files = {}

@@ -280,7 +280,7 @@ def train_sac(cfg: Config, run: Run, agent: SAC, envs, client: RewardClient | No
         if run.evaluates_after(envs.num_envs):  # it will ask the same reward model
             paid += rollout.drain()
         for transitions in paid:
-            replay.online.add(**transitions)
+            replay.add(transitions)
         may_evaluate = rollout.between_episodes or not one_arm
         if run.advance(envs.num_envs, losses, rollout.metrics, may_evaluate) and one_arm:
             rollout.reset(None)  # the arm has been elsewhere meanwhile
@@ -305,7 +305,7 @@ def train_sac_async(cfg: Config, run: Run, agent: SAC, client: RewardClient | No
             batches, env_steps, fresh_metrics = rollout.receive()
             metrics.update(fresh_metrics)
             for transitions in batches:
-                replay.online.add(**transitions)
+                replay.add(transitions)
             if run.step >= cfg.algorithm.learning_starts and replay.ready:
                 losses = agent.update(replay.sample(agent.generator))
                 updates += 1

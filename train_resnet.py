@@ -15,7 +15,7 @@ import contextlib
 import math
 import platform
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -118,7 +118,7 @@ def train(cfg: TrainConfig, ranks: Ranks) -> None:
         runner.max_epochs * steps_per_epoch if runner.max_epochs > 0 else math.inf,
         runner.max_steps if runner.max_steps > 0 else math.inf,
     )
-    model = build_model(actor.model, ranks.device)
+    model = build_model(actor.model, train_set.views, ranks.device)
     learner = ranks.parallel(model)
     optimizer, schedule = build_adamw(model, actor.optim, total_steps)
     batches = BatchIndices(train_set.labels, cfg.data.positive_fraction, runner.seed)
@@ -155,11 +155,18 @@ def train(cfg: TrainConfig, ranks: Ranks) -> None:
                     break
 
 
-def build_model(section: ResNetRewardConfig, device: torch.device) -> ResNetRewardModel:
-    """Fresh, ImageNet's, or continued from `model_path`; channels-last, where convolutions are fastest."""
-    if len(section.views) > 1:
-        raise UserError(f"the data hold one view per frame, so actor.model.views cannot be {section.views}")
-    model = load_resnet(section, device) if section.model_path else ResNetRewardModel(section)
+def build_model(section: ResNetRewardConfig, views: list[str], device: torch.device) -> ResNetRewardModel:
+    """Fresh, ImageNet's, or continued from `model_path`; channels-last, where convolutions are fastest.
+
+    views: those of the data.
+    """
+    fresh = replace(section, views=section.views or views)
+    model = load_resnet(section, device) if section.model_path else ResNetRewardModel(fresh)
+    if list(model.views) != views:
+        raise UserError(
+            f"the data show {', '.join(views)}, but the model looks at {', '.join(model.views)}; "
+            "leave actor.model.views out"
+        )
     return model.to(device=device, memory_format=torch.channels_last)
 
 
@@ -266,8 +273,7 @@ def score_frames(model: ResNetRewardModel, frames: FrameSet, chunk: int = 1024) 
     """success_prob (len(frames),) by the fused network, as in RL. `chunk`: frames in memory at once."""
     model.eval()
     parts = np.array_split(np.arange(len(frames)), math.ceil(len(frames) / chunk))
-    view = model.views[0]
-    return np.concatenate([model.score({view: frames.batch(part)}).numpy() for part in parts])
+    return np.concatenate([model.score(frames.by_view(part)).numpy() for part in parts])
 
 
 def main() -> None:

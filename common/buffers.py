@@ -3,14 +3,15 @@
 import torch
 from torch import Tensor
 
-FIELDS = ("obs", "next_obs", "action", "reward", "terminal")
+FIELDS = ("obs", "next_obs", "action", "reward", "terminal", "steps")
 
 
 class ReplayBuffer:
     """A ring of transitions on `device`.
 
     Fields: obs, next_obs (capacity, D), action (capacity, A), reward (capacity,) float32, terminal
-    (capacity,) bool (True: the value of next_obs does not count).
+    (capacity,) bool (True: the value of next_obs does not count), steps (capacity,) float32: how far next_obs
+    lies ahead, in env steps, whose discounted sum reward is.
     """
 
     def __init__(
@@ -25,22 +26,31 @@ class ReplayBuffer:
         self.action = torch.zeros(capacity, action_dim, device=self.device)
         self.reward = torch.zeros(capacity, device=self.device)
         self.terminal = torch.zeros(capacity, dtype=torch.bool, device=self.device)
+        self.steps = torch.zeros(capacity, device=self.device)
         self.next_slot = 0
         self.size = 0
 
     def __len__(self) -> int:
         return self.size
 
-    def add(self, obs: Tensor, next_obs: Tensor, action: Tensor, reward: Tensor, terminal: Tensor) -> None:
-        """Store N transitions: obs, next_obs (N, D), action (N, A), reward, terminal (N,), on any device.
-
-        Raises ValueError if N exceeds the capacity.
+    def add(
+        self,
+        obs: Tensor,
+        next_obs: Tensor,
+        action: Tensor,
+        reward: Tensor,
+        terminal: Tensor,
+        steps: Tensor | None = None,
+    ) -> None:
+        """Store N transitions: obs, next_obs (N, D), action (N, A), reward, terminal, steps (N,), on any
+        device; without steps 1 each. Raises ValueError if N exceeds the capacity.
         """
         count = len(obs)
+        steps = torch.ones(count) if steps is None else steps
         if count > self.capacity:
             raise ValueError(f"{count} transitions at once into a buffer of {self.capacity}")
         where = ((self.next_slot + torch.arange(count)) % self.capacity).to(self.device)
-        for name, value in zip(FIELDS, (obs, next_obs, action, reward, terminal), strict=True):
+        for name, value in zip(FIELDS, (obs, next_obs, action, reward, terminal, steps), strict=True):
             field = self.field(name)
             field[where] = value.to(self.device, field.dtype)
         self.size = min(self.size + count, self.capacity)
@@ -73,8 +83,32 @@ class ReplayBuffer:
         self.add(*(state[name][-self.capacity :] for name in FIELDS))
 
 
-def mix_batches(a: dict[str, Tensor], b: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Both batches as one, `a` first. RLPD: a from what the agent met, b from prior data."""
-    if a.keys() != b.keys():
-        raise ValueError(f"batches have different keys: {sorted(a)} and {sorted(b)}")
-    return {name: torch.cat([a[name], b[name]]) for name in a}
+def mix_batches(batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """All batches as one, in order. RLPD: one of what the agent met, one of prior data."""
+    if any(batch.keys() != batches[0].keys() for batch in batches):
+        raise ValueError(f"batches have different keys: {', '.join(str(sorted(batch)) for batch in batches)}")
+    return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+
+
+def n_step_returns(transitions: dict[str, Tensor], end: Tensor, n: int, gamma: float) -> dict[str, Tensor]:
+    """Transitions over up to n steps each, of transitions (M, ...) over one, in order of time.
+
+    end (M,) bool: the next transition begins another episode; nothing reaches beyond it. A reward is what n
+    steps paid, discounted, and next_obs and terminal are of the last of them (Sutton 1988; in DQN: Hessel et
+    al. 2018, arXiv:1710.02298).
+    """
+    count = len(end)
+    now = torch.arange(count, device=end.device)
+    last = torch.where(end, now, count - 1).flip(0).cummin(0).values.flip(0)  # of its episode
+    last = torch.minimum(now + n - 1, last)
+    reward = torch.zeros_like(transitions["reward"])
+    for ahead in range(n):
+        then = (now + ahead).clamp(max=count - 1)
+        reward += gamma**ahead * torch.where(now + ahead <= last, transitions["reward"][then], 0.0)
+    return {
+        **transitions,
+        "reward": reward,
+        "next_obs": transitions["next_obs"][last],
+        "terminal": transitions["terminal"][last],
+        "steps": (last - now + 1).float(),
+    }

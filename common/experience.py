@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from common.buffers import FIELDS, ReplayBuffer, mix_batches
+from common.buffers import FIELDS, ReplayBuffer, mix_batches, n_step_returns
 from common.envs import EnvSpec, Render
 from common.episodes import Episode, list_episodes, read_episode, read_frames
 from common.judging import Look, distance_of, judged_inside, look_back, make_audit, make_watch, pay
@@ -26,7 +26,8 @@ from common.rewards import Audit, BootstrapType, TrendAudit, Verdicts, combine_r
 from common.runtime import UserError
 from common.sac import SACConfig
 
-Transitions = dict[str, Tensor]  # obs, next_obs (M, D), action (M, A), reward (M,), terminal (M,) bool
+# obs, next_obs (M, D), action (M, A), reward (M,), terminal, done (M,) bool
+Transitions = dict[str, Tensor]
 
 
 @dataclass
@@ -164,7 +165,7 @@ class Rollout:
                 *self.weights,
             )
             self._judged.popleft()
-            yield {**taken.transitions, "reward": reward}
+            yield {**taken.transitions, "reward": reward, "done": taken.done}
 
     def _model_reward(self) -> Tensor:
         """(N,) float32 of the oldest judged step, with what the `_lag` steps after it pay for it."""
@@ -305,20 +306,27 @@ class Prior(NamedTuple):
     lengths: list[int]  # steps of each episode, in the buffer's order
     audit: Audit | TrendAudit  # the verdicts against the recorded truth
 
-    def best(self, share: float) -> ReplayBuffer | None:
-        """The steps of the episodes paid most, a share of all, and more than 0; None: there is none."""
+    @property
+    def transitions(self) -> Transitions:
+        """All of them, in order."""
+        done = torch.zeros(len(self.buffer), dtype=torch.bool, device=self.buffer.device)
+        done[torch.tensor(self.lengths).cumsum(0) - 1] = True
+        return {name: self.buffer.field(name) for name in FIELDS if name != "steps"} | {"done": done}
+
+    def best(self, share: float) -> list[Transitions]:
+        """The episodes paid most, a share of all, and more than 0, each as far as it was paid."""
+        transitions = self.transitions
+        episodes = list(zip(*(part.split(self.lengths) for part in transitions.values()), strict=True))
         paid = torch.stack([reward.sum() for reward in self.buffer.reward.split(self.lengths)])
-        ranked = paid.argsort(descending=True)[: math.ceil(share * len(paid))]
-        chosen = torch.zeros(len(paid), dtype=torch.bool, device=paid.device)
-        chosen[ranked] = paid[ranked] > 0
-        steps = chosen.repeat_interleave(torch.tensor(self.lengths, device=paid.device))
-        if not steps.any():
-            return None
-        fields = {name: self.buffer.field(name)[steps] for name in FIELDS}
-        (size, obs_dim), action_dim = fields["obs"].shape, fields["action"].shape[1]
-        buffer = ReplayBuffer(size, obs_dim, action_dim, self.buffer.device)
-        buffer.add(**fields)
-        return buffer
+        ranked = paid.argsort(descending=True)[: math.ceil(share * len(paid))].tolist()
+        chosen = [dict(zip(transitions, episodes[i], strict=True)) for i in sorted(ranked) if paid[i] > 0]
+        return [as_far_as_paid(episode) for episode in chosen]
+
+
+def as_far_as_paid(episode: Transitions) -> Transitions:
+    """Without the steps after the last reward above 0."""
+    count = int((episode["reward"] > 0).nonzero().max()) + 1
+    return {name: value[:count] for name, value in episode.items()}
 
 
 def _with_pixels(states: Tensor, path: Path, spec: EnvSpec) -> Tensor:
@@ -373,32 +381,79 @@ def _check_prior(episode: Episode, spec: EnvSpec, client: RewardClient | None) -
 
 
 class Replay:
-    """SAC's experience: what the policy lived through, and prior data mixed in half and half (RLPD)."""
+    """SAC's experience: what the policy lived through, and prior data mixed in half and half (RLPD); beside
+    them the episodes to imitate, those paid most.
+
+    Where returns are over several steps, or the policy imitates itself, an episode is stored when it ends.
+    """
 
     def __init__(self, cfg: SACConfig, spec: EnvSpec, prior: Prior | None, device: torch.device):
         self.cfg, self.prior, self.best = cfg, None, None
+        self.online = ReplayBuffer(cfg.buffer_size, spec.obs_dim, spec.action_dim, device)
+        self.whole_episodes = cfg.n_step > 1 or cfg.imitation_online
+        self._unfinished: list[Transitions] = []  # the last steps of all envs, (N, ...) each
+        self._num_kept: list[int] = []  # of each env: how many of them are its episode's
         if prior is not None:
             self.prior = prior.buffer
-            self.best = prior.best(cfg.imitation_share) if cfg.imitation_coef else None
-        self.online = ReplayBuffer(cfg.buffer_size, spec.obs_dim, spec.action_dim, device)
+            if cfg.n_step > 1:
+                self.prior = ReplayBuffer(len(prior.buffer), spec.obs_dim, spec.action_dim, device)
+                self._store(prior.transitions, self.prior)
+        if cfg.imitates:
+            chosen = prior.best(cfg.imitation_share) if prior is not None else []
+            self.least_paid = min((float(episode["reward"].sum()) for episode in chosen), default=0.0)
+            size = sum(len(episode["reward"]) for episode in chosen)
+            size += cfg.buffer_size // 4 if cfg.imitation_online else 0
+            self.best = ReplayBuffer(max(size, 1), spec.obs_dim, spec.action_dim, device)
+            for episode in chosen:
+                self._store(episode, self.best)
+
+    def add(self, transitions: Transitions) -> None:
+        """One step of all N envs, in the order of time."""
+        if not self.whole_episodes:
+            return self._store(transitions, self.online)
+        self._unfinished.append(transitions)
+        self._num_kept = [count + 1 for count in self._num_kept or [0] * len(transitions["done"])]
+        for i in transitions["done"].nonzero().squeeze(1).tolist():
+            steps = self._unfinished[-self._num_kept[i] :]
+            self._num_kept[i] = 0
+            self._add_episode({name: torch.stack([step[name][i] for step in steps]) for name in transitions})
+        self._unfinished = self._unfinished[len(self._unfinished) - max(self._num_kept) :]
+
+    def _add_episode(self, episode: Transitions) -> None:
+        self._store(episode, self.online)
+        if self.best is not None and self.cfg.imitation_online:
+            paid = float(episode["reward"].sum())
+            if paid > 0 and paid >= self.least_paid:
+                self._store(as_far_as_paid(episode), self.best)
+
+    def _store(self, transitions: Transitions, buffer: ReplayBuffer) -> None:
+        done = transitions["done"] | transitions["terminal"]
+        if self.cfg.n_step > 1:
+            transitions = n_step_returns(transitions, done, self.cfg.n_step, self.cfg.gamma)
+        buffer.add(**{name: transitions[name] for name in FIELDS if name in transitions})
 
     def sample(self, generator: torch.Generator) -> dict[str, Tensor]:
         """A batch for `SAC.update`."""
-        batch = self._mixed(generator)
-        if self.best is not None:
-            best = self.best.sample(self.cfg.batch_size, generator)
+        cfg = self.cfg
+        if not self.best:
+            return self._mixed(cfg.batch_size, generator)
+        num_best = round(cfg.batch_size * cfg.imitation_batch)
+        batch = self._mixed(cfg.batch_size - num_best, generator)
+        if num_best:
+            batch = mix_batches([batch, self.best.sample(num_best, generator)])
+        if cfg.imitation_coef:
+            best = self.best.sample(cfg.batch_size, generator)
             batch |= {"best_obs": best["obs"], "best_action": best["action"]}
         return batch
 
-    def _mixed(self, generator: torch.Generator) -> dict[str, Tensor]:
-        cfg = self.cfg
+    def _mixed(self, count: int, generator: torch.Generator) -> dict[str, Tensor]:
         if self.prior is None:
-            return self.online.sample(cfg.batch_size, generator)
+            return self.online.sample(count, generator)
         if len(self.online) == 0:
-            return self.prior.sample(cfg.batch_size, generator)
-        num_prior = round(cfg.batch_size * cfg.prior_fraction)
-        online = self.online.sample(cfg.batch_size - num_prior, generator)
-        return mix_batches(online, self.prior.sample(num_prior, generator))
+            return self.prior.sample(count, generator)
+        num_prior = round(count * self.cfg.prior_fraction)
+        online = self.online.sample(count - num_prior, generator)
+        return mix_batches([online, self.prior.sample(num_prior, generator)])
 
     @property
     def ready(self) -> bool:

@@ -17,9 +17,10 @@ from common.runtime import UserError
 class FrameSet:
     """The frames of one or several `train.pt` / `val.pt`, all of one size and one camera set-up."""
 
-    images: list[Tensor]  # (H, W, 3) uint8 each, on the disk until touched
+    images: list[Tensor]  # (H, W, 3) uint8 each, of several views (V, H, W, 3); on the disk until touched
     labels: np.ndarray  # (len,) bool, True: success
     frame_size: list[int]  # [H, W]
+    views: list[str]
     render: dict[str, Any] | None  # what the cameras were
     sha256: dict[str, str]  # file -> hash of its content
 
@@ -27,8 +28,15 @@ class FrameSet:
         return len(self.labels)
 
     def batch(self, indices: np.ndarray) -> Tensor:
-        """(len(indices), H, W, 3) uint8."""
+        """(len(indices), [V,] H, W, 3) uint8."""
         return torch.stack([self.images[index] for index in indices])
+
+    def by_view(self, indices: np.ndarray) -> dict[str, Tensor]:
+        """View -> (len(indices), H, W, 3) uint8."""
+        batch = self.batch(indices)
+        if len(self.views) == 1:
+            return {self.views[0]: batch}
+        return dict(zip(self.views, batch.unbind(1), strict=True))
 
     @property
     def class_counts(self) -> dict[str, int]:
@@ -47,7 +55,10 @@ def load_frames(paths: str | list[str]) -> FrameSet:
     labels = np.array([label for payload in payloads.values() for label in payload.labels], dtype=bool)
     names = " + ".join(paths)
 
-    sizes = sorted({tuple(image.shape[:2]) for image in images})
+    views = [payload.views for payload in payloads.values()]
+    if any(other != views[0] for other in views) or len({image.shape[:-3] for image in images}) > 1:
+        raise UserError(f"{names} show different cameras; make them with the same --view")
+    sizes = sorted({tuple(image.shape[-3:-1]) for image in images})
     if len(sizes) > 1:
         raise UserError(f"{names} mixes frames of {_by(sizes[0])} and {_by(sizes[1])}; use data of one size")
     renders = [payload.metadata.get("render") for payload in payloads.values()]
@@ -56,7 +67,8 @@ def load_frames(paths: str | list[str]) -> FrameSet:
     if labels.all() or not labels.any():
         held, lacking = ("successes", "failures") if labels.all() else ("failures", "successes")
         raise UserError(f"{names} holds {held} only; collect episodes with {lacking} too")
-    return FrameSet(images, labels, list(sizes[0]), renders[0], {path: _sha256(path) for path in paths})
+    sha256 = {path: _sha256(path) for path in paths}
+    return FrameSet(images, labels, list(sizes[0]), views[0], renders[0], sha256)
 
 
 def check_same_cameras(train: FrameSet, val: FrameSet) -> None:
@@ -66,7 +78,7 @@ def check_same_cameras(train: FrameSet, val: FrameSet) -> None:
             f"training frames are {_by(train.frame_size)} but validation frames {_by(val.frame_size)}; "
             "make both with one run of preprocess_resnet.py"
         )
-    if train.render != val.render:
+    if train.render != val.render or train.views != val.views:
         raise UserError("training and validation frames come from different camera set-ups; use data of one")
 
 
@@ -144,7 +156,10 @@ class AugmentConfig:
 
 
 def augment(images: Tensor, how: AugmentConfig) -> Tensor:
-    """(B, H, W, 3) uint8 -> (B, H, W, 3) float32 in [0, 1], on the same device."""
+    """(B, [V,] H, W, 3) uint8 -> the same in float32 in [0, 1], on the same device. Each view has its own
+    camera and its own luck."""
+    if images.dim() == 5:
+        return augment(images.flatten(0, 1), how).unflatten(0, images.shape[:2])
     images = random_shift(images, how.random_shift).float() / 255
     batch = len(images)
     brightness = _around_one(how.brightness, (batch, 1, 1, 1), images.device)

@@ -2,10 +2,11 @@
 
 `train.pt` or `val.pt`: `{"images": list of uint8 tensors (H, W, 3), "labels": list of int
 (1 success, 0 fail), "metadata": dict}`, for plain `torch.load(weights_only=True)`. All images view one
-storage.
+storage. Frames that show several cameras at once are (V, H, W, 3), in the order of `metadata["views"]`.
 """
 
 import hashlib
+import math
 import pickle
 import zipfile
 from dataclasses import dataclass
@@ -38,9 +39,10 @@ class PayloadFile:
         self._num_frames = 0
 
     def add(self, frame: np.ndarray) -> None:
-        """Append one (H, W, 3) uint8 frame. Raises ValueError unless all frames have one size."""
-        if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape != (self._image_shape or frame.shape):
-            wanted = f"uint8 (H, W, 3) like {self._image_shape}"
+        """Append one uint8 frame, ([V,] H, W, 3). Raises ValueError unless all frames have one shape."""
+        fits = frame.dtype == np.uint8 and frame.ndim in (3, 4)
+        if not fits or frame.shape != (self._image_shape or frame.shape):
+            wanted = f"uint8 ([V,] H, W, 3) like {self._image_shape}"
             raise ValueError(f"expected {wanted}, got {frame.dtype} {frame.shape}")
         self._image_shape = frame.shape
         self._num_frames += 1
@@ -80,15 +82,15 @@ def _payload_pickle(labels: list[int], metadata: dict, image_shape: tuple[int, .
     def part(value: Any) -> bytes:  # without the opcodes that open (PROTO 2) and close (STOP) a pickle
         return pickle.dumps(value, protocol=2)[2:-1]
 
-    height, width, channels = image_shape
-    image_size = height * width * channels
+    strides = tuple(math.prod(image_shape[axis + 1 :]) for axis in range(len(image_shape)))
+    image_size = math.prod(image_shape)
     storage = (
         pickle.MARK + part("storage") + pickle.GLOBAL + b"torch\nByteStorage\n"
         + part("0") + part("cpu") + part(len(labels) * image_size) + pickle.TUPLE + pickle.BINPERSID
     )  # fmt: skip
     before_offset = pickle.GLOBAL + b"torch._utils\n_rebuild_tensor_v2\n" + pickle.MARK + storage
     after_offset = (
-        part(tuple(image_shape)) + part((width * channels, channels, 1)) + pickle.NEWFALSE  # no gradient
+        part(tuple(image_shape)) + part(strides) + pickle.NEWFALSE  # no gradient
         + pickle.GLOBAL + b"collections\nOrderedDict\n" + pickle.EMPTY_TUPLE + pickle.REDUCE  # no hooks
         + pickle.TUPLE + pickle.REDUCE
     )  # fmt: skip
@@ -106,7 +108,7 @@ def _payload_pickle(labels: list[int], metadata: dict, image_shape: tuple[int, .
 class RewardDatasetPayload:
     """The content of `train.pt` or `val.pt`."""
 
-    images: list["torch.Tensor"]  # (H, W, 3) uint8 each
+    images: list["torch.Tensor"]  # (H, W, 3) uint8 each, of several views (V, H, W, 3)
     labels: list[int]  # 1 success, 0 fail
     metadata: dict[str, Any]
 
@@ -133,15 +135,20 @@ class RewardDatasetPayload:
         if wrong := set(labels) - {0, 1}:
             raise UserError(f"{path} holds the label {min(wrong)}; expected 0 (fail) or 1 (success)")
         for image in images:
-            if image.dtype != torch.uint8 or image.shape[2:] != (3,):
+            if image.dtype != torch.uint8 or image.dim() not in (3, 4) or image.shape[-1] != 3:
                 raise UserError(
                     f"{path} holds an image {image.dtype} {tuple(image.shape)}; need uint8 (H, W, 3)"
                 )
         return cls(images, labels, data["metadata"])
 
+    @property
+    def views(self) -> list[str]:
+        """The cameras in each frame; files of one camera need not name it."""
+        return self.metadata.get("views", [self.metadata.get("view", "main_images")])
+
 
 class RewardBinaryDataset:
-    """(image (H, W, 3) uint8 tensor, label 0 or 1) per frame, for a `DataLoader`.
+    """(image ([V,] H, W, 3) uint8 tensor, label 0 or 1) per frame, for a `DataLoader`.
 
     Not derived from torch's `Dataset`, which would add nothing to the two methods but the import of torch.
     """

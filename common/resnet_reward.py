@@ -14,7 +14,7 @@ What a reward model must offer, of whatever kind: `score(frames) -> success_prob
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,7 +44,7 @@ class ResNetRewardConfig:
     hidden_dim: int | None = None  # head: Linear -> ReLU -> Dropout -> Linear; null: one Linear
     dropout: float = 0.1  # in the head with a hidden layer
     image_size: list[int] | None = None  # [3, height, width] of what the network sees; null: [3, 128, 128]
-    views: list[str] = field(default_factory=lambda: ["main_images"])  # several are stacked as channels
+    views: list[str] | None = None  # several are stacked as channels; null: those of the data it learns from
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 where the hardware is fast at it
     device: str = "auto"
     infer_micro_batch_size: int = 32  # frames scored at once in RL
@@ -54,7 +54,7 @@ class ResNetRewardConfig:
             raise ValueError(f"infer_micro_batch_size must be at least 1, got {self.infer_micro_batch_size}")
         if self.image_size is not None and (len(self.image_size) != 3 or self.image_size[0] != 3):
             raise ValueError(f"image_size must be [3, height, width], got {self.image_size}")
-        if not self.views:
+        if self.views == []:
             raise ValueError("views must name at least one view, such as main_images")
 
 
@@ -73,7 +73,7 @@ class ResNetRewardModel(nn.Module):
         self.arch = section.arch or "resnet18"
         self.hidden_dim, self.dropout = section.hidden_dim, section.dropout
         self.image_size = tuple(section.image_size or (3, 128, 128))
-        self.views = tuple(section.views)
+        self.views = tuple(section.views or ("main_images",))
         self.precision = section.precision
         self.meta: dict[str, Any] = {}
         self.backbone = build_backbone(

@@ -59,10 +59,13 @@ class SACConfig:
     # folder(s) of episodes; each batch takes prior_fraction from them (RLPD)
     prior_data: str | list[str] | None = None
     prior_fraction: float = 0.5
+    n_step: int = 1  # env steps whose reward is summed before the critics' own estimate takes over
     # Self-imitation: a squared error to the actions of the prior episodes that were paid most, in the loss of
     # the policy. It stays where the reward model has seen data, and finds fewer of its mistakes.
     imitation_coef: float = 0.0
     imitation_share: float = 0.1  # of the prior episodes, and only those that were paid more than 0
+    imitation_online: bool = False  # the policy's own join them, where paid as much as the least of them
+    imitation_batch: float = 0.0  # share of each batch, for critics too, that comes from these episodes
     offline_updates: int = 0  # on prior data, before the first env step
     obs_noise: float = (
         0.0  # sd of Gaussian noise on scaled observations in every update; .2 helped small data
@@ -74,7 +77,7 @@ class SACConfig:
     cudagraphs: bool = False  # and replay them as CUDA graphs (GPU only)
 
     def __post_init__(self) -> None:
-        for name in ("gamma", "tau", "prior_fraction", "ema_actor", "imitation_share"):
+        for name in ("gamma", "tau", "prior_fraction", "ema_actor", "imitation_share", "imitation_batch"):
             if not 0 <= vars(self)[name] <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], got {vars(self)[name]}")
         for name in ("utd", "init_alpha", "alpha_lr", "max_grad_norm"):
@@ -83,7 +86,7 @@ class SACConfig:
         for name in ("learning_starts", "offline_updates", "obs_noise", "pixel_shift", "imitation_coef"):
             if vars(self)[name] < 0:
                 raise ValueError(f"{name} must not be negative, got {vars(self)[name]}")
-        for name in ("batch_size", "buffer_size"):
+        for name in ("batch_size", "buffer_size", "n_step"):
             if vars(self)[name] < 1:
                 raise ValueError(f"{name} must be at least 1, got {vars(self)[name]}")
         if not 1 <= self.critic_subset <= self.num_critics:
@@ -95,8 +98,14 @@ class SACConfig:
             raise ValueError(f"target_clip must be [low, high] with low < high, got {list(clip)}")
         if self.offline_updates and not self.prior_folders:
             raise ValueError(f"offline_updates is {self.offline_updates}, but prior_data names no folder")
-        if self.imitation_coef and not self.prior_folders:
-            raise ValueError(f"imitation_coef is {self.imitation_coef}, but prior_data names no folder")
+        if self.imitates and not self.prior_folders and not self.imitation_online:
+            raise ValueError(
+                "nobody to imitate: name a folder in prior_data, or let it imitate itself (imitation_online)"
+            )
+
+    @property
+    def imitates(self) -> bool:
+        return self.imitation_coef > 0 or self.imitation_batch > 0
 
     @property
     def prior_folders(self) -> list[str]:
@@ -202,9 +211,10 @@ class SAC:
     def update(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """One gradient step of critics (and encoder), policy and alpha, then of target and averaged actor.
 
-        batch, on the agent's device: obs, next_obs (B, D), action (B, A), reward (B,) float, terminal (B,)
-        bool; where there is something to imitate, best_obs (B, D) and best_action (B, A) too. Returns
-        detached 0-d tensors on the device (reading one waits for the GPU: do it rarely).
+        batch, on the agent's device: obs, next_obs (B, D), action (B, A), reward, steps (B,) float, terminal
+        (B,) bool (see `buffers.ReplayBuffer`); where there is something to imitate, best_obs (B, D) and
+        best_action (B, A) too. Returns detached 0-d tensors on the device (reading one waits for the GPU: do
+        it rarely).
         """
         cfg = self.cfg
         if cfg.cudagraphs:
@@ -260,8 +270,8 @@ class SAC:
     def target_q(
         self, batch: dict[str, Tensor], next_obs: Tensor, next_noise: Tensor, subset: Tensor | None
     ) -> Tensor:
-        """y = reward + gamma * (1 - terminal) * (min_c Q_c(s', a') - alpha * log pi(a'|s')), a' ~ pi(s');
-        (B,).
+        """y = reward + gamma^steps * (1 - terminal) * (min_c Q_c(s', a') - alpha * log pi(a'|s')),
+        a' ~ pi(s'); (B,).
         """
         cfg = self.cfg
         next_action, next_logprob = self.policy.sample(next_obs, next_noise)
@@ -269,7 +279,7 @@ class SAC:
         next_value = (next_q if subset is None else next_q[subset]).amin(0)
         if cfg.entropy_in_target:
             next_value = next_value - self.log_alpha.exp() * next_logprob
-        y = batch["reward"] + cfg.gamma * (~batch["terminal"]) * next_value
+        y = batch["reward"] + cfg.gamma ** batch["steps"] * (~batch["terminal"]) * next_value
         return y if cfg.target_clip is None else y.clamp(*cfg.target_clip)
 
     def critic_loss(

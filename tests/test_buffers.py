@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from common.buffers import ReplayBuffer, mix_batches
+from common.buffers import ReplayBuffer, mix_batches, n_step_returns
 
 
 def add(buffer: ReplayBuffer, numbers: list[int]) -> None:
@@ -69,6 +69,29 @@ def test_too_many_at_once():
 
 def test_mix_batches_keeps_order_and_refuses_other_keys():
     a, b = {"reward": torch.tensor([1.0])}, {"reward": torch.tensor([2.0, 3.0])}
-    assert mix_batches(a, b)["reward"].tolist() == [1.0, 2.0, 3.0]
+    assert mix_batches([a, b, a])["reward"].tolist() == [1.0, 2.0, 3.0, 1.0]
     with pytest.raises(ValueError, match="different keys"):
-        mix_batches(a, b | {"obs": torch.zeros(2)})
+        mix_batches([a, b | {"obs": torch.zeros(2)}])
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 9])
+def test_n_step_returns_stay_within_their_episode(n):
+    """Against a walk through each episode: one of 4 steps, one of 1, one of 3 that a true end closes."""
+    lengths, gamma = [4, 1, 3], 0.5
+    count = sum(lengths)
+    end = torch.zeros(count, dtype=torch.bool)
+    end[torch.tensor(lengths).cumsum(0) - 1] = True
+    number = torch.arange(float(count))
+    one = {"obs": number[:, None], "next_obs": number[:, None] + 100, "reward": number + 1}
+    one["terminal"] = number == count - 1
+    many = n_step_returns(one, end, n, gamma)
+    start = 0
+    for length in lengths:
+        for t in range(start, start + length):
+            last = min(t + n, start + length) - 1
+            paid = sum(gamma ** (k - t) * (k + 1) for k in range(t, last + 1))
+            got = {name: float(value[t].squeeze()) for name, value in many.items()}
+            wanted = {"obs": t, "next_obs": last + 100, "reward": paid, "terminal": float(last == count - 1)}
+            assert got == pytest.approx(wanted | {"steps": last - t + 1})
+        start += length
+    assert one["reward"].equal(number + 1), "what went in stays as it was"

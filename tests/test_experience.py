@@ -9,7 +9,7 @@ from torch import Tensor, tensor
 import rl_train
 from common.agents import build_agent
 from common.async_rollout import SharedWeights
-from common.buffers import ReplayBuffer
+from common.buffers import FIELDS, ReplayBuffer
 from common.episodes import write_episode
 from common.experience import EpisodeStats, Prior, Replay, Rollout, Transitions, prior_buffer
 from common.nets import ActorModelConfig, OptimConfig
@@ -400,18 +400,71 @@ def test_the_episodes_that_were_paid_most_are_imitated():
         number[:, None].expand(10, 3), torch.zeros(10, 3), number[:, None].expand(10, 2), reward, number > 9
     )
     prior = Prior(buffer, [2] * 5, Audit())
-    assert prior.best(0.4).obs[:, 0].tolist() == [2, 2, 4, 4]
-    assert prior.best(0.21).obs[:, 0].tolist() == [2, 2, 4, 4]
-    assert prior.best(1.0).obs[:, 0].tolist() == [0, 0, 2, 2, 4, 4]  # nobody imitates what was paid nothing
+
+    def numbers(share: float) -> list[float]:
+        return [x for episode in prior.best(share) for x in episode["obs"][:, 0].tolist()]
+
+    assert numbers(0.4) == numbers(0.21) == [2, 2, 4, 4]
+    assert numbers(1.0) == [0, 2, 2, 4, 4]  # not what was paid nothing, nor what came after the pay
     replay = Replay(SACConfig(batch_size=8, imitation_coef=1.0, prior_data="x"), SPEC, prior, CPU)
     batch = replay.sample(torch.Generator())
     assert set(batch["best_obs"][:, 0].tolist()) == {2.0}  # a tenth, rounded up
     torch.testing.assert_close(batch["best_action"], batch["best_obs"][:, :2])
     assert "best_obs" not in Replay(SACConfig(batch_size=8), SPEC, prior, CPU).sample(torch.Generator())
     buffer.reward.zero_()  # the control that is paid nothing
-    assert prior.best(1.0) is None
+    assert prior.best(1.0) == []
     nothing = Replay(SACConfig(batch_size=8, imitation_coef=1.0, prior_data="x"), SPEC, prior, CPU)
     assert "best_obs" not in nothing.sample(torch.Generator())
+
+
+def steps_of(*episodes: list[float]) -> list[dict[str, torch.Tensor]]:
+    """Steps of envs side by side, each living through one episode of such rewards; obs: 10 * env + step."""
+    steps = []
+    for t in range(max(map(len, episodes))):
+        left = [(env, episode) for env, episode in enumerate(episodes)]
+        number = torch.tensor([10.0 * env + t for env, _ in left])
+        steps.append(
+            {
+                "obs": number[:, None].expand(-1, 3),
+                "next_obs": number[:, None].expand(-1, 3) + 1,
+                "action": torch.zeros(len(left), 2),
+                "reward": torch.tensor([float(ep[t]) if t < len(ep) else 0.0 for _, ep in left]),
+                "terminal": torch.zeros(len(left), dtype=torch.bool),
+                "done": torch.tensor([t == len(ep) - 1 for _, ep in left]),
+            }
+        )
+    return steps
+
+
+def test_returns_over_several_steps_go_to_the_buffer_when_an_episode_ends():
+    replay = Replay(SACConfig(n_step=2, gamma=0.5, buffer_size=20), SPEC, None, CPU)
+    stored = []
+    for step in steps_of([1, 1, 1], [0, 4]):
+        replay.add(step)
+        stored.append(len(replay.online))
+    assert stored == [0, 2, 5]
+    online = {name: replay.online.field(name)[:5] for name in FIELDS}
+    assert online["obs"][:, 0].tolist() == [10, 11, 0, 1, 2]
+    assert online["reward"].tolist() == [2, 4, 1.5, 1.5, 1]
+    assert online["steps"].tolist() == [2, 1, 2, 2, 1]
+    assert online["next_obs"][:, 0].tolist() == [12, 12, 2, 3, 3]
+
+
+def test_the_policy_imitates_its_own_episodes_that_were_paid_enough():
+    buffer = ReplayBuffer(3, 3, 2)
+    paid = torch.tensor([0.0, 2, 0])
+    buffer.add(torch.full((3, 3), 7.0), torch.zeros(3, 3), torch.zeros(3, 2), paid, torch.zeros(3))
+    cfg = SACConfig(
+        batch_size=8, imitation_coef=1.0, imitation_online=True, imitation_batch=0.5, prior_data="x"
+    )
+    replay = Replay(cfg, SPEC, Prior(buffer, [3], Audit()), CPU)
+    assert len(replay.best) == 2
+    for step in steps_of([1, 0.5], [0, 2, 0, 0], [3]):  # too little; as much; more
+        replay.add(step)
+    assert replay.best.obs[: len(replay.best), 0].tolist() == [7, 7, 20, 10, 11]
+    batch = replay.sample(torch.Generator().manual_seed(0))
+    assert len(batch["obs"]) == 8 and set(batch["obs"][4:, 0].tolist()) <= {7, 20, 10, 11}
+    assert set(batch["best_obs"][:, 0].tolist()) <= {7, 20, 10, 11}
 
 
 # ----------------------------------------------------------------------------------------------------

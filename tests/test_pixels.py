@@ -161,6 +161,7 @@ def make_batch(seed: int = 1, size: int = 6) -> dict[str, torch.Tensor]:
         "action": torch.rand(size, ACTION, generator=generator) * 2 - 1,
         "reward": torch.rand(size, generator=generator),
         "terminal": torch.rand(size, generator=generator) > 0.5,
+        "steps": torch.ones(size),
     }
 
 

@@ -11,6 +11,7 @@ import torch
 
 import preprocess_resnet as script
 from common.episodes import list_episodes, read_episode, write_episode
+from common.files import load_pickle
 from common.payload import RewardDatasetPayload
 from common.runtime import UserError
 
@@ -138,6 +139,23 @@ def test_label_of_another_name(raw):
     train, val = run(raw, "--label", "lifted", "--fail-success-ratio", "9")
     for payload in (train, val):  # true after every step, so only reset frames are fails
         assert [int(v % 10 > 0) for v in values(payload)] == payload.labels
+
+
+def test_two_views_in_one_frame(tmp_path):
+    for index in range(4):
+        path = make(tmp_path / "raw", index, 4 if index < 2 else None)
+        data = load_pickle(path)
+        for t, observation in enumerate(data["observations"]):
+            observation["extra_view_images"] = np.full((1, 4, 4, 3), 100 + 10 * index + t, np.uint8)
+        write_episode(tmp_path / "raw", data)
+    train, val = run(tmp_path / "raw", "--view", "main_images", "extra_view_images", "--val-split", "0.5")
+    assert train.views == val.views == ["main_images", "extra_view_images"]
+    for payload in (train, val):
+        for image in payload.images:
+            assert image.shape == (2, 4, 4, 3) and (image[1] == image[0] + 100).all()
+    make(tmp_path / "raw", 9, None, size=5)
+    with pytest.raises(UserError, match="has no view extra_view_images"):
+        run(tmp_path / "raw", "--view", "main_images", "extra_view_images", "--overwrite")
 
 
 def test_extra_view(tmp_path):

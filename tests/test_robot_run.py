@@ -97,7 +97,7 @@ def test_the_operators_action_is_stored_and_the_models_verdict_pays():
     for _ in range(10):
         rollout.start(torch.full((1, 6), 0.25))
         for transitions in rollout.finish():
-            replay.online.add(**transitions)
+            replay.add(transitions)
         between.append(rollout.between_episodes)
     stored = replay.online
     mine, hers = torch.full((6,), 0.25), torch.from_numpy(DOWN)
