@@ -6,7 +6,7 @@ PYTHON_OF_VENV = .venv/bin/python
 test test-fast: export OMP_NUM_THREADS = 1
 
 .DEFAULT_GOAL = help
-.PHONY: help setup demo demo-trend demo-real test test-fast lint format bench
+.PHONY: help setup demo demo-trend demo-real pickcube test test-fast lint format bench
 
 help:  ## this list
 	@awk -F ":.*## " "/^[a-z-]+:.*## / { printf \"make %-10s %s\\n\", \$$1, \$$2 }" $(MAKEFILE_LIST)
@@ -22,6 +22,9 @@ demo-trend: setup  ## collect, train a tiny Qwen3-VL to judge the trend, RL on t
 
 demo-real: setup  ## a simulated Franka: label frames, train, judge live teleoperation; report in logs/demo_real (SEED=1)
 	$(PYTHON_OF_VENV) benchmarks/demo_real.py $(if $(SEED),--seed $(SEED))
+
+pickcube: setup  ## PickCube by a reward that sees two cameras and nothing else; report in logs/pickcube (SEED=1)
+	$(PYTHON_OF_VENV) benchmarks/pickcube.py $(if $(SEED),--seed $(SEED))
 
 test: setup  ## all tests, on the CPU
 	$(PYTHON_OF_VENV) -m pytest

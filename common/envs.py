@@ -199,30 +199,40 @@ class ManiSkillEnvs:
         return self._observe(self.env.reset(seed=seed)[0])
 
     def _observe(self, state: torch.Tensor) -> torch.Tensor:
-        """ManiSkill's state (N, D), and the share of the time limit that has passed if asked for."""
-        if not self.cfg.observe_time:
-            return state
-        time = self.env.elapsed_steps / self.cfg.max_episode_steps
-        return torch.cat([state, time[:, None].to(state)], dim=1)
+        """ManiSkill's state (N, D), and what else is asked for."""
+        parts = [state]
+        for name, scales in self.cfg.observe_fine.items():
+            start, stop = self.spec.obs_layout[name]
+            parts += [torch.tanh(state[:, start:stop] / scale) for scale in scales]
+        if self.cfg.observe_time:
+            parts.append((self.env.elapsed_steps / self.cfg.max_episode_steps)[:, None].to(state))
+        return torch.cat(parts, dim=1)
+
+    def _layout(self) -> dict[str, tuple[int, int]]:
+        """Name of each part of the state, and of what `_observe` appends, -> its columns [start, stop)."""
+        state = self.env._get_obs_state_dict(self.env.get_info())
+        widths = {  # "agent" and "extra", flattened in this order
+            name: value[0].numel() for part in state.values() for name, value in part.items()
+        }
+        for name, scales in self.cfg.observe_fine.items():
+            if name not in widths:
+                raise UserError(
+                    f"env.observe_fine: {self.cfg.task} has no {name} in its state, only {', '.join(widths)}"
+                )
+            widths |= {f"{name}/{scale:g}": widths[name] for scale in scales}
+        if self.cfg.observe_time:
+            widths["time"] = 1
+        stops = np.cumsum(list(widths.values())).tolist()
+        return {name: (stop - widths[name], stop) for name, stop in zip(widths, stops, strict=True)}
 
     def _describe(self) -> EnvSpec:
-        info = self.env.get_info()
-        layout, column = {}, 0
-        state = self.env._get_obs_state_dict(info)
-        for part in state.values():  # "agent" and "extra", flattened in this order
-            for name, value in part.items():
-                width = value[0].numel()
-                layout[name] = (column, column + width)
-                column += width
+        info, layout = self.env.get_info(), self._layout()
         action_space = self.env.single_action_space
         if not isinstance(action_space, Box) or action_space.low.min() < -1 or action_space.high.max() > 1:
             raise UserError(
                 f"env.control_mode {self.cfg.control_mode} of {self.cfg.task} takes actions beyond [-1, 1], "
                 "or of several robots; choose a delta mode, of a task with one robot"
             )
-        if self.cfg.observe_time:
-            layout["time"] = (column, column + 1)
-            column += 1
         if "success" not in info:
             raise UserError(f"task {self.cfg.task} does not say whether it succeeded; choose another")
         scalars = {
@@ -237,7 +247,7 @@ class ManiSkillEnvs:
         shapes = {view: (camera.height, camera.width, 3) for view, camera in cameras.items()}
         shapes[SIM_STATE] = (self.env.get_state().shape[1],)
         return EnvSpec(
-            obs_dim=column,
+            obs_dim=max(stop for _, stop in layout.values()),
             action_dim=action_space.shape[0],
             obs_layout=layout,
             info_types={k: scalars[k].dtype for k in sorted(scalars) if k != "elapsed_steps"},
@@ -249,6 +259,7 @@ class ManiSkillEnvs:
                 "freq_hz": self.env.control_freq,
                 "max_episode_steps": self.cfg.max_episode_steps,
                 "observe_time": self.cfg.observe_time,
+                "observe_fine": {name: list(scales) for name, scales in self.cfg.observe_fine.items()},
             },
             render=None
             if self.views == (SIM_STATE,)

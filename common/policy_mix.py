@@ -76,6 +76,8 @@ class ScriptedPolicy(PolicyConfig):
     turn_after: tuple[float, float] = (0.2, 0.6)  # fraction of the episode, anew for each turn
     speed: tuple[float, float] = (1.0, 1.0)  # times the expert's
     goal_offset_m: tuple[float, float] = (0.0, 0.0)  # aims so far beside the goal, in a random direction
+    # Fraction of the episode after which it aims anew, again and again: near misses and hits come and go.
+    aim_again_after: tuple[float, float] | None = None
     object_offset_m: tuple[float, float] = (0.0, 0.0)  # takes the object to be so far aside, and misses it
     skip_object: bool = False  # brings an empty hand to the goal
 
@@ -83,6 +85,8 @@ class ScriptedPolicy(PolicyConfig):
         super().__post_init__()
         for name in ("turn_after", "speed", "goal_offset_m", "object_offset_m"):
             check_range(name, getattr(self, name))
+        if self.aim_again_after is not None:
+            check_range("aim_again_after", self.aim_again_after)
 
     @property
     def label(self) -> str:
@@ -122,7 +126,7 @@ class Mix:
         self.skip_object = torch.zeros(n, dtype=torch.bool)
         self.noise = torch.zeros(n, self.action_dim)
         self.first_obs = torch.zeros(n, spec.obs_dim)
-        self.speed, self.turn_step = torch.ones(n), torch.zeros(n)
+        self.speed, self.turn_step, self.aim_step = torch.ones(n), torch.zeros(n), torch.zeros(n)
         self.backwards, self.to_object = torch.zeros(n, dtype=torch.bool), torch.zeros(n, dtype=torch.bool)
         self.drift = torch.zeros(n, self.action_dim)
         self.actors = [self._actor(policy, spec, env) for policy in policies]
@@ -163,10 +167,9 @@ class Mix:
             policy = self.policies[self.choice[i]]
             self.sd[i], self.clock[i] = self._uniform(policy.noise), 0
             self.stop_step[i] = self._uniform(policy.stop_after) * self.num_steps
-            self.backwards[i], self.turn_step[i] = False, torch.inf
+            self.backwards[i], self.turn_step[i], self.aim_step[i] = False, torch.inf, torch.inf
             if policy.name == "scripted":
-                direction = torch.randn(3, generator=self.rng)
-                self.goal_offset[i] = self._uniform(policy.goal_offset_m) * direction / direction.norm()
+                self._aim(i, policy, self.rng)
                 across = torch.randn(2, generator=self.motion_rng)
                 aside = self._uniform(policy.object_offset_m, self.motion_rng)
                 self.object_offset[i, :2] = aside * across / across.norm()
@@ -181,9 +184,19 @@ class Mix:
                 self.to_object[i] = torch.rand((), generator=self.motion_rng) < policy.to_object
             self.noise[i] = self.sd[i] * torch.randn(self.action_dim, generator=self.rng)
 
+    def _aim(self, i: int, policy: ScriptedPolicy, rng: torch.Generator) -> None:
+        """The expert in env i takes the goal to be somewhere near it."""
+        direction = torch.randn(3, generator=rng)
+        self.goal_offset[i] = self._uniform(policy.goal_offset_m, rng) * direction / direction.norm()
+        if policy.aim_again_after is not None:
+            leg = self._uniform(policy.aim_again_after, self.motion_rng) * self.num_steps
+            self.aim_step[i] = self.clock[i] + max(leg, 1.0)
+
     def act(self, obs: torch.Tensor) -> torch.Tensor:
         """obs (N, D) -> action (N, A) in [-1, 1]."""
         self.first_obs[self.clock == 0] = obs[self.clock == 0]
+        for i in (self.clock >= self.aim_step).nonzero().squeeze(1).tolist():
+            self._aim(i, self.policies[self.choice[i]], self.motion_rng)
         for i in (self.clock >= self.turn_step).nonzero().squeeze(1).tolist():
             policy = self.policies[self.choice[i]]
             leg = self._uniform(policy.turn_after, self.motion_rng) * self.num_steps

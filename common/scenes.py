@@ -101,6 +101,8 @@ class EnvConfig:
         True  # episodes run to the time limit whatever the simulator thinks of success
     )
     observe_time: bool = False  # append the share of the time limit that has passed to the state
+    # Part of the state -> scales in its unit: tanh(part / scale) is appended, which tells millimetres near 0.
+    observe_fine: dict[str, tuple[float, ...]] = field(default_factory=dict)
     control_mode: str = "pd_ee_delta_pos"
     control_freq: int | None = None  # Hz; null: the task's own (20)
     sim_backend: Literal["auto", "cpu", "gpu"] = "auto"  # auto: gpu where torch sees one
@@ -115,6 +117,8 @@ class EnvConfig:
             raise ValueError(f"num_envs must be at least 1, got {self.num_envs}")
         if self.num_workers is not None and self.num_workers < 0:
             raise ValueError(f"num_workers must not be negative, got {self.num_workers}")
+        if any(scale <= 0 for scales in self.observe_fine.values() for scale in scales):
+            raise ValueError(f"observe_fine holds scales above 0, got {self.observe_fine}")
         if self.max_episode_steps < 1:
             raise ValueError(f"max_episode_steps must be at least 1, got {self.max_episode_steps}")
         if self.data_collection.only_success and self.ignore_terminations:

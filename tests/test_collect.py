@@ -245,6 +245,22 @@ def test_motions_turn_back_to_where_the_gripper_began(motion: str, expected: lis
     assert mix.act(scene(0.05))[1, 0] == 1  # another episode: forward again
 
 
+def test_an_expert_aims_anew_within_an_episode():
+    offset = {"goal_offset_m": (0.01, 0.07)}
+    once = make_mix(ScriptedPolicy(**offset), num_envs=2)
+    again = make_mix(ScriptedPolicy(**offset, aim_again_after=(0.5, 0.5)), num_envs=2)
+    assert again.goal_offset.equal(once.goal_offset)  # the same first aim
+    aims = {"once": [], "again": []}
+    for _ in range(4):  # make_mix's episodes have 4 steps
+        once.act(scene()), again.act(scene())
+        aims["once"].append(once.goal_offset[0].clone())
+        aims["again"].append(again.goal_offset[0].clone())
+    assert all(aim.equal(aims["once"][0]) for aim in aims["once"])
+    first, second, third, fourth = aims["again"]
+    assert first.equal(second) and third.equal(fourth) and not second.equal(third)
+    assert all(0.01 <= float(aim.norm()) <= 0.07 for aim in aims["again"])
+
+
 def test_speed_scales_the_way_and_not_the_gripper():
     half = make_mix(ScriptedPolicy(speed=(0.5, 0.5)), num_envs=2).act(scene())
     full = make_mix(ScriptedPolicy(), num_envs=2).act(scene())

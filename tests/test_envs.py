@@ -318,6 +318,21 @@ def test_observe_time_appends_the_share_of_the_time_limit(push: ManiSkillEnvs, c
     assert torch.equal(steps[-1].obs[:, :-1], run(push, 3, 3)[-1].obs)
 
 
+def test_observe_fine_appends_parts_that_tell_millimetres(pick: ManiSkillEnvs, change, monkeypatch):
+    state = pick.reset(3)[0]
+    change(pick, observe_fine={"obj_to_goal_pos": (0.03, 0.1)}, observe_time=True)
+    monkeypatch.setattr(pick, "spec", pick._describe())
+    obs, layout = pick.reset(3)[0], pick.spec.obs_layout
+    assert obs[: len(state)].equal(state) and len(obs) == pick.spec.obs_dim == len(state) + 7
+    far = obs[slice(*layout["obj_to_goal_pos"])]
+    for scale in (0.03, 0.1):
+        torch.testing.assert_close(obs[slice(*layout[f"obj_to_goal_pos/{scale}"])], torch.tanh(far / scale))
+    assert layout["time"] == (len(obs) - 1, len(obs))
+    change(pick, observe_fine={"obj_to_mars": (0.1,)})
+    with pytest.raises(UserError, match=r"PickCube-v1 has no obj_to_mars in its state, only qpos, qvel, .*"):
+        pick._describe()
+
+
 def test_spec(push: ManiSkillEnvs):
     spec = push.spec
     assert (spec.task, spec.action_dim) == ("PushCube-v1", 4)
