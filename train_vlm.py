@@ -284,6 +284,7 @@ class Judge:
             "frame_size": self.train_set.frame_size,
             "window_size": self.train_set.window_size,
             "template": self.train_set.template,
+            "tasks": sorted(set(self.train_set.tasks)),
             "dataset_name": data.dataset_name,
             "frames": data.frames,
             "data_sha256": {**self.train_set.sha256, **self.val_set.sha256},

@@ -10,6 +10,7 @@ import importlib.util
 import json
 import math
 import re
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,6 +85,16 @@ class InputBuilderParams:
 
     default_task_description: str | None = None  # null: what the env says of itself
     template: str | None = None  # with {task} and {num_frames}; null: the checkpoint's, else the standard one
+
+
+def warn_of_other_task(task: str, meta: dict[str, Any]) -> None:
+    """Where the task is none of those that the model was trained on (`tasks` of its reward.json)."""
+    trained = meta.get("tasks")
+    if trained and task not in trained:
+        others = " and others" if len(trained) > 1 else ""
+        warnings.warn(
+            f"the task is '{task}', but the reward model was trained on '{trained[0]}'{others}", stacklevel=3
+        )
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -5,7 +5,8 @@ A **checkpoint** appears whole or not at all:
   base model's `model_path`; or a whole model with its processor, to be named by `model_path`.
 - `reward.json`: `template` of the prompt, `prompt_version`, `input_builder_name`, `use_chat_template`,
   `views`, `window`, `frame_size` (height, width of each view), `labels`, `base` (a hash of the base model's
-  shape), `precision` of the scores below, and what the trainer knows: cameras, labels' threshold, metrics.
+  shape), `precision` of the scores below, and what the trainer knows: `tasks` (their texts), cameras, labels'
+  threshold, metrics.
 - `golden.safetensors`: `frames.{view}`, a few windows of the task `golden_task`, and `label_prob` (n, L),
   their scores when they were saved. They are scored again at every load.
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from common.history import HistoryBufferConfig
-from common.prompts import InputBuilderParams
+from common.prompts import InputBuilderParams, warn_of_other_task
 from common.qwen_inputs import QwenInputs, check_frames
 from common.runtime import UserError
 
@@ -98,7 +98,9 @@ class _Qwen:
 
     @task.setter
     def task(self, task: str) -> None:
-        self._env_task = task
+        if task != self._env_task:
+            self._env_task = task
+            warn_of_other_task(self.task, self.meta)
 
     @property
     def device(self) -> torch.device:

@@ -266,6 +266,20 @@ def test_the_task_is_the_configs_else_the_envs(tiny_qwen):
         assert torch.equal(model.score(frames), model.score(frames, [task] * 2))
 
 
+def test_a_task_that_it_was_not_trained_on_is_told(trained):
+    """Once, in one line with both texts."""
+    model = doubled(trained, meta={"tasks": ["pull the cube", TASK]})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.task = TASK
+        doubled(trained, meta={"step": 7}).task = "stack the cubes"  # an older checkpoint tells none
+    message = "the task is 'stack the cubes', but the reward model was trained on 'pull the cube' and others"
+    with pytest.warns(UserWarning, match=message) as told:
+        model.task = "stack the cubes"
+        model.task = "stack the cubes"
+    assert len(told) == 1
+
+
 def test_memory_that_ends_halves_the_batches_once(trained):
     model = doubled(trained, limit=4, infer_micro_batch_size=8)
     with pytest.warns(UserWarning, match="infer_micro_batch_size goes down to 4"):

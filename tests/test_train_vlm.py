@@ -93,6 +93,7 @@ def test_a_run_and_its_checkpoint(data, tiny_qwen, tmp_path, is_lora):
     assert (model.window, set(model.views)) == (5, {"main_images", "extra_view_images"})
     meta = model.meta
     assert (meta["template"], meta["delta_threshold"]) == ("{task}?", 0.05)
+    assert meta["tasks"] == ["push the square to the right"]
     assert (meta["render"], meta["control"]) == ({"shader": "toy"}, {"freq": 10})
     assert (meta["step"], meta["window_size"]) == (summary["best_step"], 5)
     assert meta["class_counts"]["train"] == {"positive": 8, "negative": 8, "unclear": 8}
