@@ -34,6 +34,7 @@ from common.prompts import (
     Part,
     look_up,
     make_parser,
+    warn_of_other_task,
 )
 from common.runtime import UserError
 
@@ -193,7 +194,8 @@ class ServedVLMRewardModel:
         self.build = look_up(input_builder_name, INPUT_BUILDERS, "input_builder_name")
         standard = TEMPLATES.get(input_builder_name, TREND_TEMPLATE)
         self.template = input_builder_params.template or standard
-        self.task = input_builder_params.default_task_description or ""
+        self._own_task = input_builder_params.default_task_description
+        self._env_task = ""
         self.parser = make_parser(reward_parser_name, reward_parser_params)
         self.labels: tuple[str, ...] | None = getattr(self.parser, "labels", None)
         self.max_new_tokens = max_new_tokens
@@ -201,6 +203,17 @@ class ServedVLMRewardModel:
         self.pool = ThreadPoolExecutor(api.num_concurrent, thread_name_prefix="reward_api")
         self.asks_logprobs = api.logprobs != "off" and self.labels is not None
         self.lock = threading.Lock()  # around the change of mind about logprobs
+
+    @property
+    def task(self) -> str:
+        """The task in words: the config's, else what the env says of itself."""
+        return self._env_task if self._own_task is None else self._own_task
+
+    @task.setter
+    def task(self, task: str) -> None:
+        if task != self._env_task:
+            self._env_task = task
+            warn_of_other_task(self.task, self.meta)
 
     def score(self, frames: dict[str, Tensor], tasks: list[str] | None = None) -> Tensor:
         """frames: view -> (B, K, H, W, 3), for `vlm` (B, H, W, 3), uint8 RGB -> on the CPU, float32,

@@ -242,6 +242,17 @@ def test_scores_of_single_images(serve):
     assert "logprobs" not in server.requests[0]
 
 
+def test_the_configs_task_wins_over_the_envs(serve):
+    server = serve(lambda request, number: said("positive", {"positive": 1.0}))
+    model = model_of(server)
+    assert model.task == "Push the cube."
+    model.task = "the env's"  # what `RewardClient.set_task` does
+    assert model.task == "Push the cube."
+    model.score(windows(1))
+    asked = server.requests[0]["messages"][0]["content"][-1]["text"]
+    assert asked == fill(TREND_TEMPLATE, "Push the cube.", 3)
+
+
 def test_nothing_to_score(serve):
     server = serve(lambda request, number: said("positive"))
     assert model_of(server).score(windows(0)).shape == (0, 3)
