@@ -252,7 +252,8 @@ class Judge:
         before = time.monotonic()
         self.last_step = step
         pupil.model.eval()
-        prob = score_windows(pupil.scorer, self.val_set, self.chosen)
+        with pupil.autocast():
+            prob = score_windows(pupil.scorer, self.val_set, self.chosen)
         card = trend_metrics(prob, self.val_set.labels[self.chosen])
         tagged = {f"val/{name}": value for name, value in card.items()}
         self.log.log(step, {"train/loss": train_loss, **tagged})
@@ -271,7 +272,8 @@ class Judge:
         if keep:
             places.append(self.folder / "checkpoints" / f"step_{step:06d}")
         for place in places:
-            save_vlm(place, pupil.scorer, meta, self.val_set.windows(golden))
+            with pupil.autocast():
+                save_vlm(place, pupil.scorer, meta, self.val_set.windows(golden))
         self.validating_s += time.monotonic() - before
         return self.early_stop.is_due(card)
 

@@ -66,7 +66,7 @@ def load_base(cfg: VLMConfig, device: torch.device) -> tuple[nn.Module, Any]:
         model, told = AutoModelForImageTextToText.from_pretrained(
             path,
             dtype=torch.bfloat16 if bf16 else torch.float32,
-            attn_implementation=_attention(cfg.attn_implementation, device),
+            attn_implementation=_attention(cfg.attn_implementation, device, bf16),
             use_safetensors=True,
             output_loading_info=True,
             **FROM_FOLDER,
@@ -85,15 +85,19 @@ def load_base(cfg: VLMConfig, device: torch.device) -> tuple[nn.Module, Any]:
     return model.to(device), processor
 
 
-def _attention(asked: str, device: torch.device) -> str:
+def _attention(asked: str, device: torch.device, bf16: bool) -> str:
+    """`bf16`: the weights are. Flash attention takes no fp32, and without autocast fp32 weights make it."""
     from transformers.utils import is_flash_attn_2_available
 
     if asked not in ("auto", "flash_attention_2"):
         return asked
-    if device.type == "cuda" and is_flash_attn_2_available():
+    if bf16 and device.type == "cuda" and is_flash_attn_2_available():
         return "flash_attention_2"
     if asked == "flash_attention_2":
-        warnings.warn("flash_attention_2 is not available here; sdpa takes its place", stacklevel=2)
+        warnings.warn(
+            "flash_attention_2 is not available here (it needs a GPU and bf16 weights); sdpa takes its place",
+            stacklevel=2,
+        )
     return "sdpa"
 
 
@@ -204,7 +208,10 @@ def _check_meta(meta: dict[str, Any], cfg: VLMConfig, asked: dict[str, Any]) -> 
 
 
 def _precision_of(model: nn.Module) -> str:
-    return "bf16" if next(model.parameters()).dtype == torch.bfloat16 else "fp32"
+    """What it computes in, here and now."""
+    weight = next(model.parameters())
+    bf16 = weight.dtype == torch.bfloat16 or torch.is_autocast_enabled(weight.device.type)
+    return "bf16" if bf16 else "fp32"
 
 
 def _hash_of(model: nn.Module) -> str:

@@ -23,7 +23,7 @@ from common.prompts import (
     base_vlm_input_builder,
     qwentrend_input_builder,
 )
-from common.qwen_checkpoint import load_history_vlm, load_vlm, save_vlm
+from common.qwen_checkpoint import _attention, load_history_vlm, load_vlm, save_vlm
 from common.qwen_inputs import VIDEO_FPS, QwenInputs
 from common.qwen_reward import (
     HistoryVLMRewardConfig,
@@ -488,9 +488,19 @@ def test_a_golden_check_of_a_model_that_generates_reads_probabilities(whole):
 
 
 def test_attention_that_is_not_available_gives_way(whole):
-    with pytest.warns(UserWarning, match="flash_attention_2 is not available here; sdpa takes its place"):
+    with pytest.warns(UserWarning, match="flash_attention_2 is not available here .*; sdpa takes its place"):
         model = load(whole, attn_implementation="flash_attention_2")
     assert model.model.config._attn_implementation == "sdpa"
+
+
+def test_flash_attention_is_for_weights_in_bf16(monkeypatch):
+    monkeypatch.setattr("transformers.utils.is_flash_attn_2_available", lambda: True)
+    gpu = torch.device("cuda")
+    assert _attention("auto", gpu, bf16=True) == "flash_attention_2"
+    assert _attention("auto", gpu, bf16=False) == _attention("auto", CPU, bf16=True) == "sdpa"
+    assert _attention("eager", gpu, bf16=True) == "eager"
+    with pytest.warns(UserWarning, match="bf16 weights"):
+        assert _attention("flash_attention_2", gpu, bf16=False) == "sdpa"
 
 
 # --- Loading that is refused

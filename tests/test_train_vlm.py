@@ -100,6 +100,21 @@ def test_a_run_and_its_checkpoint(data, tiny_qwen, tmp_path, is_lora):
     assert [len(digest) for digest in meta["data_sha256"].values()] == [64, 64]
 
 
+def test_whole_weights_are_validated_as_they_are_trained(data, tiny_qwen, tmp_path, monkeypatch):
+    """fp32 weights that compute in bf16: scored without autocast they crashed under flash attention."""
+    scored_in = []
+
+    def score_and_note(scorer, *arguments):
+        scored_in.append(torch.is_autocast_enabled("cpu"))
+        return score_windows(scorer, *arguments)
+
+    monkeypatch.setattr(train_vlm, "score_windows", score_and_note)
+    changes = ("actor.model.is_lora=false", "actor.model.precision=bf16", "runner.max_steps=1")
+    run = train(tmp_path, tiny_qwen, *changes)
+    assert scored_in == [True, False]  # validation, and the checkpoint at the end: its weights are bf16
+    assert json.loads((run / "checkpoint/reward.json").read_text())["precision"] == "bf16"
+
+
 def run_script(*arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
     command = [sys.executable, "train_vlm.py", *arguments]
     return subprocess.run(
