@@ -85,6 +85,7 @@ class Config:
             self._check_arm()
         else:
             self._check_simulation()
+            self._check_windows()
 
     def _check_learner(self) -> None:
         if self.runner.async_rollout and self.algorithm.name != "sac":
@@ -156,6 +157,17 @@ class Config:
                 )
         if self.env.train.data_collection.enabled and self.env.eval.data_collection.enabled:
             raise ValueError("data_collection is on for env.train and for env.eval; record one of them")
+
+    def _check_windows(self) -> None:
+        buffers = self.reward.model.history_buffers if self.reward.of_windows else {}
+        for name, buffer in buffers.items():
+            steps = min(self.env.train.max_episode_steps, self.env.eval.max_episode_steps)
+            if not buffer.judges_within(steps):
+                raise ValueError(
+                    f"no window of reward.model.history_buffers.{name} ends within {steps} steps "
+                    f"(max_episode_steps), so nothing would be paid: min_history_size {buffer.least}, "
+                    f"input_interval {buffer.input_interval}, input_on_done {buffer.input_on_done}"
+                )
 
 
 # ----------------------------------------------------------------------------------------------------

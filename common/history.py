@@ -37,6 +37,11 @@ class HistoryBufferConfig:
         if not self.history_keys:
             raise ValueError("history_keys must name at least one key, such as main_images")
 
+    def judges_within(self, num_steps: int) -> bool:
+        """Whether an episode of so many steps has a window."""
+        first = -(-self.least // self.input_interval) * self.input_interval
+        return num_steps >= (self.least if self.input_on_done else first)
+
     @property
     def least(self) -> int:
         return self.history_size if self.min_history_size is None else self.min_history_size

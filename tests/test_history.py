@@ -1,5 +1,7 @@
 """History buffers: which windows are judged when, over resets, and which steps are paid for them."""
 
+import itertools
+
 import pytest
 import torch
 from torch import tensor
@@ -57,6 +59,15 @@ def test_at_the_end_what_is_left_since_the_interval():
 def test_a_tail_is_no_window_before_min_history_size():
     told = run(config(3, input_interval=2, input_on_done=True), [set(), {0}, set(), set(), {0}])
     assert told == [{}, {}, {}, {}, {0: [5]}]  # at 2 and 4 there are fewer than 3 entries
+
+
+def test_how_long_an_episode_must_be_for_a_window():
+    for size, least, interval, on_done in itertools.product((1, 3), (1, 2, 3), (1, 2, 4), (False, True)):
+        if least <= size:
+            cfg = config(size, min_history_size=least, input_interval=interval, input_on_done=on_done)
+            for num_steps in range(1, 7):
+                told = run(cfg, [set()] * (num_steps - 1) + [{0}])
+                assert cfg.judges_within(num_steps) == any(told), (cfg, num_steps)
 
 
 def test_envs_keep_their_own_count():

@@ -436,3 +436,19 @@ def test_settings_that_contradict_each_other(changes, message, tmp_path):
     plain.write_text("reward: {env_reward_weight: 1.0}\nalgorithm: {name: sac}\n")
     with pytest.raises(UserError, match=message):
         config.from_yaml(rl_train.Config, plain, changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "steps"),
+    [
+        (["env.train.max_episode_steps=4", "env.eval.max_episode_steps=4"], 4),
+        (["env.eval.max_episode_steps=4"], 4),
+        (["reward.model.history_buffers.history_window.input_interval=60"], 50),
+    ],
+)
+def test_episodes_without_a_window_are_refused(changes, steps):
+    """They trained on zero reward to the end, with exit code 0."""
+    path = ROOT / "configs" / "maniskill_ppo_mlp_qwentrend_reward.yaml"
+    message = f"no window of reward.model.history_buffers.history_window ends within {steps} steps"
+    with pytest.raises(UserError, match=message):
+        config.from_yaml(rl_train.Config, path, changes)
