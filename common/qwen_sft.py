@@ -25,6 +25,7 @@ class ModelConfig:
     model_path: str | None = None  # folder of a Qwen3-VL, or of one that this script trained whole
     attn_implementation: Literal["auto", "flash_attention_2", "sdpa", "eager"] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on a GPU; learning weights stay fp32
+    input_builder_name: str = "qwentrend_input_builder"  # or file.py:name of your own, in RL the same
     device: str = "auto"
     is_lora: bool = True  # false: all weights learn
     lora_rank: int = 16
@@ -43,7 +44,7 @@ class Pupil:
     """The model that learns, how questions reach it, and the online scorer around it."""
 
     def __init__(self, section: ModelConfig, windows: WindowSet, device: torch.device):
-        """Raises UserError where `section.model_path` is no complete Qwen3-VL."""
+        """Raises UserError where `section` names no input builder or no complete Qwen3-VL."""
         # Weights that learn are fp32: a step of AdamW is often too small for bf16 to show. Base weights below
         # an adapter stay as they are, so that they may be bf16.
         self.computes_in_bf16 = section.precision == "bf16" or (
@@ -51,6 +52,7 @@ class Pupil:
         )
         reads_bf16 = self.computes_in_bf16 and section.is_lora
         scorer_cfg = scorer_config(section, windows, "bf16" if reads_bf16 else "fp32")
+        builder = look_up(scorer_cfg.input_builder_name, INPUT_BUILDERS, "input_builder_name")
         self.model, processor = load_base(scorer_cfg, device)
         if section.is_lora:
             rank, alpha, dropout = section.lora_rank, section.lora_alpha, section.lora_dropout
@@ -60,7 +62,6 @@ class Pupil:
         if section.gradient_checkpointing:
             with renamed_calls_unsaid():
                 self.model.gradient_checkpointing_enable({"use_reentrant": False})
-        builder = look_up(scorer_cfg.input_builder_name, INPUT_BUILDERS, "input_builder_name")
         self.inputs = QwenInputs(processor, builder, windows.views, windows.window_size, windows.template)
         parser = make_parser(scorer_cfg.reward_parser_name, scorer_cfg.reward_parser_params)
         self.scorer = HistoryVLMRewardModel(scorer_cfg, self.model, self.inputs, parser, {})
@@ -77,6 +78,7 @@ def scorer_config(section: ModelConfig, windows: WindowSet, precision: str) -> H
         model_path=section.model_path,
         precision=precision,
         attn_implementation=section.attn_implementation,
+        input_builder_name=section.input_builder_name,
         infer_micro_batch_size=section.infer_micro_batch_size,
         input_builder_params=InputBuilderParams(template=windows.template),
         history_buffers={"history_window": buffer},

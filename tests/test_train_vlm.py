@@ -100,6 +100,30 @@ def test_a_run_and_its_checkpoint(data, tiny_qwen, tmp_path, is_lora):
     assert [len(digest) for digest in meta["data_sha256"].values()] == [64, 64]
 
 
+OWN = """
+from common.prompts import Part
+
+
+def second_camera(task, views, num_frames, template):
+    return [Part("text", f"After {num_frames} frames, closer to '{task}'? "), Part("video", views[1])]
+"""
+
+
+def test_an_input_builder_of_ones_own_is_trained(data, tiny_qwen, tmp_path):
+    (tmp_path / "own.py").write_text(OWN)
+    name = f"{tmp_path / 'own.py'}:second_camera"
+    run = train(tmp_path, tiny_qwen, f"actor.model.input_builder_name={name}", "runner.max_steps=1")
+    assert json.loads((run / "checkpoint/reward.json").read_text())["input_builder_name"] == name
+    card = {row["control"]: row for row in summary_of(run)["report_card"]}
+    assert card["main view black"]["loss"] == card["normal"]["loss"] != card["extra view black"]["loss"]
+    cfg = HistoryVLMRewardConfig(model_path=str(tiny_qwen), lora_path=str(run / "checkpoint"))
+    with pytest.raises(UserError, match=r"input_builder_name: trained with .*own\.py:second_camera"):
+        load_history_vlm(cfg, torch.device("cpu"))
+    cfg.input_builder_name = name
+    model = load_history_vlm(cfg, torch.device("cpu"))
+    assert model.inputs.parts("push")[0].content == "After 5 frames, closer to 'push'? "
+
+
 def test_whole_weights_are_validated_as_they_are_trained(data, tiny_qwen, tmp_path, monkeypatch):
     """fp32 weights that compute in bf16: scored without autocast they crashed under flash attention."""
     scored_in = []
