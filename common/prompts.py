@@ -10,6 +10,7 @@ import importlib.util
 import json
 import math
 import re
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -190,8 +191,10 @@ def look_up(name: str, registry: dict[str, Any], key: str) -> Any:
         )
     if not Path(path).is_file():
         raise UserError(f"{key}: '{name}' names the file {path}, which does not exist")
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    private = "_of_user_" + str(Path(path).resolve()).replace(".", "_")
+    spec = importlib.util.spec_from_file_location(private, path)
     module = importlib.util.module_from_spec(spec)
+    sys.modules[private] = module  # where dataclasses look their types up
     spec.loader.exec_module(module)
     if not hasattr(module, thing):
         raise UserError(f"{key}: {path} defines no '{thing}'")
