@@ -27,7 +27,7 @@ from common.async_rollout import AsyncRollout, RolloutConfig
 from common.cameras import CameraError
 from common.devices import DevicesConfig
 from common.experience import EpisodeStats, Replay, Rollout, prior_buffer
-from common.files import new_run_dir, save_json
+from common.files import gone_if_refused, new_run_dir, save_json
 from common.franka_config import FrankaConfig
 from common.judging import distance_of, make_audit, make_watch, pay
 from common.log import RunLog
@@ -389,7 +389,7 @@ def main() -> None:
     seed_everything(cfg.runner.seed)
     folder = new_run_dir(cfg.runner.logger.log_path, cfg.runner.logger.experiment_name)
     config.save(cfg, folder / "config.yaml")
-    with ExitStack() as stack:
+    with gone_if_refused(folder), ExitStack() as stack:
         env, pixels = cfg.env, cfg.actor.model.pixels
         if env.at_an_arm:
             world = open_arm(env.train, cfg.devices, cfg.reward, pixels, folder, cfg.runner.seed, stack)

@@ -147,6 +147,19 @@ def new_run_dir(log_path: str | None, experiment_name: str, may_append: bool = F
     raise UserError(f"logs/{stem} and 98 neighbours exist already; start fewer runs per second")
 
 
+@contextlib.contextmanager
+def gone_if_refused(folder: Path) -> Iterator[None]:
+    """Around a run: a UserError while its folder holds a config and an empty log at most removes it."""
+    try:
+        yield
+    except UserError:
+        log = folder / "metrics.jsonl"
+        has_begun = log.exists() and log.stat().st_size > 0
+        if not has_begun and {p.name for p in folder.iterdir()} <= {"config.yaml", log.name, "tensorboard"}:
+            shutil.rmtree(folder)
+        raise
+
+
 # ----------------------------------------------------------------------------------------------------
 # Reading
 

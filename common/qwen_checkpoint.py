@@ -139,24 +139,29 @@ def _load(
     params = cfg.input_builder_params
     standard = TEMPLATES.get(cfg.input_builder_name, TREND_TEMPLATE)
     template = meta.get("template") or params.template or standard
-    model, processor = load_base(cfg, device)
+    builder = look_up(cfg.input_builder_name, INPUT_BUILDERS, "input_builder_name")
+    parser = make_parser(cfg.reward_parser_name, cfg.reward_parser_params)
+    if cfg.lora_path is not None:
+        _check_adapter(Path(cfg.lora_path))
+    model, processor = load_base(cfg, device)  # which takes long
     if cfg.lora_path is not None:
         if meta and meta["base"] != _hash_of(model):
             raise UserError(f"{cfg.lora_path} was trained on another base model than {cfg.model_path}")
         model = _with_adapter(model, cfg)
-    builder = look_up(cfg.input_builder_name, INPUT_BUILDERS, "input_builder_name")
     inputs = QwenInputs(processor, builder, asked["views"], asked["window"], template, cfg.use_chat_template)
-    parser = make_parser(cfg.reward_parser_name, cfg.reward_parser_params)
     return kind(cfg, model.eval(), inputs, parser, meta)
+
+
+def _check_adapter(path: Path) -> None:
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (path / name).is_file():  # PEFT would look for it on the network
+            raise UserError(f"{path} is no adapter ({name} is missing); give train_vlm.py's checkpoint")
 
 
 def _with_adapter(base: nn.Module, cfg: VLMConfig) -> nn.Module:
     from peft import PeftModel
 
     path = Path(cfg.lora_path)
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        if not (path / name).is_file():  # PEFT would look for it on the network
-            raise UserError(f"{path} is no adapter ({name} is missing); give train_vlm.py's checkpoint")
     try:
         with renamed_calls_unsaid():
             return PeftModel.from_pretrained(base, path, local_files_only=True)

@@ -15,6 +15,7 @@ import torch
 
 from common.files import (
     atomic_write,
+    gone_if_refused,
     load_json,
     load_pickle,
     load_torch,
@@ -122,6 +123,27 @@ def test_a_finished_run_is_not_overwritten(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="a file is in the way"):
         new_run_dir(str(tmp_path / "file"), "x")
+
+
+@pytest.mark.parametrize(
+    ("files", "log", "error", "stays"),
+    [
+        ([], None, UserError, False),
+        (["tensorboard/events"], "", UserError, False),
+        ([], "{}\n", UserError, True),  # it has begun
+        (["collected_data/0.pkl"], "", UserError, True),
+        ([], None, KeyboardInterrupt, True),
+    ],
+)
+def test_a_refused_run_takes_its_folder_along(tmp_path, files, log, error, stays):
+    with pytest.raises(error), gone_if_refused(tmp_path / "run"):
+        for name in ("config.yaml", *files):
+            (tmp_path / "run" / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / "run" / name).touch()
+        if log is not None:
+            (tmp_path / "run" / "metrics.jsonl").write_text(log)
+        raise error("no")
+    assert (tmp_path / "run").exists() == stays
 
 
 def test_runs_without_a_path_never_share_a_folder(tmp_path, monkeypatch):

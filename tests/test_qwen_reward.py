@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from benchmarks.tiny_qwen import make_tiny_qwen
+from common import qwen_checkpoint
 from common.files import load_json, save_json
 from common.history import HistoryBufferConfig
 from common.prompts import (
@@ -630,6 +631,20 @@ def test_a_damaged_adapter(adapter, whole, tmp_path, damage, message):
     with pytest.raises(UserError, match=message) as refusal:
         load(whole, folder)
     assert str(folder) in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"lora": "nowhere"}, "nowhere is no adapter"),
+        ({"input_builder_name": "third_camera"}, "nothing is called 'third_camera'"),
+        ({"reward_parser_params": {"yes": 1}}, "reward_parser_params of qwentrend_reward_parser"),
+    ],
+)
+def test_what_costs_nothing_is_checked_before_the_base_is_loaded(tiny_qwen, monkeypatch, asked, message):
+    monkeypatch.setattr(qwen_checkpoint, "load_base", lambda *_: pytest.fail("loaded the base"))
+    with pytest.raises(UserError, match=message):
+        load(tiny_qwen, **asked)
 
 
 def test_no_model_is_named(adapter, tmp_path):

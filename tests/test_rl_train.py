@@ -388,7 +388,23 @@ def test_what_does_not_fit_is_named_before_anything_is_trained(made, run_here, t
         run_here(demo(made, tmp_path / "run", *changes))
     assert "\n" not in str(error.value)
     left = {path.name for path in (tmp_path / "run").glob("*")}
-    assert left <= {"config.yaml", "metrics.jsonl"}
+    assert left in (
+        set(),
+        {"config.yaml", "metrics.jsonl"},
+    )  # the latter where prior data were judged already
+
+
+def test_a_refusal_leaves_no_run_folder(run_here, tmp_path, monkeypatch):
+    """It held the config alone, and looked like a run."""
+
+    def refuse(*_):
+        assert (tmp_path / "run" / "config.yaml").is_file()
+        raise UserError("the model does not fit")
+
+    monkeypatch.setattr(rl_train, "open_simulation", refuse)
+    with pytest.raises(UserError, match="does not fit"):
+        run_here(demo(Made(tmp_path, tmp_path, tmp_path), tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
