@@ -1,11 +1,38 @@
-"""The GPU benchmark's path, on the CPU with a small shape: without a GPU nothing else runs it."""
+"""Parts of benchmarks that nothing else runs: the GPU's path on the CPU with a small shape, and tables."""
 
 import copy
+from pathlib import Path
 
+import numpy as np
 import torch
 
-from benchmarks import qwen_gpu
+from benchmarks import demo_trend, qwen_gpu
 from benchmarks.run import is_met
+from common.files import save_json
+from common.trend_report import trend_metrics
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_the_trend_demos_table_is_the_readmes(tmp_path, monkeypatch, capsys):
+    """Also where nothing was called positive and all episodes were paid the same: two numbers are unknown."""
+    monkeypatch.setattr(demo_trend, "ROOT", tmp_path)
+    names = ("normal", "reversed, labels flipped", "frozen (last frame)")
+    card = trend_metrics(np.eye(3), np.arange(3)) | {"called_positive": 0.0, "called_negative": 0.0}
+    vlm = {"report_card": [{"control": name, **card, "expected": ""} for name in names], "val_metrics": card}
+    rl = {"true_success_once": 0.5, "true_success_at_end": 0.25, "model_return": 0.0, "num_episodes": 4}
+    summaries = {"collect": {"env_steps": 8}, "vlm": vlm, "vlm_last_frame": vlm, "rl": {**rl, "env_steps": 9}}
+    for stage, summary in summaries.items():
+        (tmp_path / "demo" / stage).mkdir(parents=True)
+        save_json(summary, tmp_path / "demo" / stage / "summary.json")
+    row = demo_trend.numbers("demo", {"all": 61.2}, seed=3)
+    demo_trend.print_report("demo", row)
+    assert "true progress: -; of windows called positive false: -" in capsys.readouterr().out
+    demo_trend.print_table([{**row, "controls": {"imitation": 0.125}}])
+    header, _, line = capsys.readouterr().out.strip().splitlines()
+    assert line == "| 3 | 1.000 | 1.000 | 1.000 | 0% | 0.50 / 0.25 | 0.12 | - | - | 1.000 | 61 |"
+    readme = next(line for line in (ROOT / "README.md").read_text().splitlines() if "frozen, called" in line)
+    assert header.startswith(readme)
 
 
 def test_the_gpu_rows_on_a_small_shape():
