@@ -32,26 +32,30 @@ REVERSED = "reverse_positive"  # `augmentation` of a positive window that is pla
 ScoreSource = Literal["auto", "gae", "success_distance", "rewards"]
 
 
-def window_starts(
-    num_frames: int, window_size: int, stride: int = 1, num_samples: int = 0, keep_last: bool = True
-) -> np.ndarray:
+def window_starts(num_frames: int, window_size: int, stride: int = 1, keep_last: bool = True) -> np.ndarray:
     """(n,) int: first frames of an episode's windows, rising; none where it is shorter than a window.
 
-    Every `stride`-th one, or `num_samples` of those, evenly spaced; `keep_last`: the episode's last window is
-    among them either way.
+    Every `stride`-th one; `keep_last`: the episode's last window is among them either way.
     """
     last = num_frames - window_size
     if last < 0:
         return np.zeros(0, dtype=int)
     starts = np.arange(0, last + 1, stride)
-    if keep_last and starts[-1] != last:
-        starts = np.append(starts, last)
-    if 0 < num_samples < len(starts):
-        chosen = np.linspace(0, len(starts) - (0 if keep_last else 1), num_samples, endpoint=False)
-        if keep_last:
-            chosen = len(starts) - 1 - np.linspace(0, len(starts) - 1, num_samples)[::-1]
-        starts = starts[np.unique(chosen.astype(int))]
-    return starts
+    return np.append(starts, last) if keep_last and starts[-1] != last else starts
+
+
+def evenly_spaced(count: int, num_samples: int, keep_last: bool = True) -> np.ndarray:
+    """(n,) int, rising: which of an episode's `count` windows to take, all where `num_samples` is 0.
+
+    `keep_last`: the last one is among them.
+    """
+    if not 0 < num_samples < count:
+        return np.arange(count)
+    if keep_last:
+        chosen = count - 1 - np.linspace(0, count - 1, num_samples)[::-1]
+    else:
+        chosen = np.linspace(0, count - 1, num_samples, endpoint=False)
+    return np.unique(chosen.astype(int))
 
 
 def episode_score(episode: Episode, source: ScoreSource) -> tuple[np.ndarray, str]:
@@ -87,15 +91,13 @@ def trend_labels(delta: np.ndarray, delta_threshold: float) -> np.ndarray:
 def window_labels(
     score: np.ndarray, starts: np.ndarray, window_size: int, delta_threshold: float, tail_unclear_ratio: float
 ) -> np.ndarray:
-    """(n,) index into LABELS for the windows that begin at `starts`.
+    """(n,) index into LABELS for the windows that begin at `starts`, which are all that the episode has.
 
-    The last `int(n * tail_unclear_ratio)` windows are unclear whatever the score says: RLinf's rule, for
-    scores that jump at success. It takes the moment of success out of the positives; 0 leaves it in.
+    From number `int(n * (1 - tail_unclear_ratio))` on they are unclear whatever the score says: RLinf's rule
+    for scores that jump at success. It takes the moment of success out of the positives; 0 leaves it in.
     """
     labels = trend_labels(score[starts + window_size - 1] - score[starts], delta_threshold)
-    num_tail = int(len(starts) * tail_unclear_ratio)
-    if num_tail:
-        labels[-num_tail:] = UNCLEAR
+    labels[int(len(starts) * (1.0 - tail_unclear_ratio)) :] = UNCLEAR
     return labels
 
 
@@ -138,12 +140,17 @@ def list_windows(
     delta_threshold: float,
     tail_unclear_ratio: float,
 ) -> Windows:
-    """All natural windows of episodes with these scores (T+1,): `window_starts` and `window_labels`."""
-    starts = [window_starts(len(score), window_size, stride, num_samples, keep_last) for score in scores]
-    labels = [
-        window_labels(score, start, window_size, delta_threshold, tail_unclear_ratio)
-        for score, start in zip(scores, starts, strict=True)
-    ]
+    """All natural windows of episodes with these scores (T+1,), or `num_samples` of each.
+
+    See `window_starts`, `window_labels`, `evenly_spaced`.
+    """
+    starts, labels = [], []
+    for score in scores:
+        start = window_starts(len(score), window_size, stride, keep_last)
+        label = window_labels(score, start, window_size, delta_threshold, tail_unclear_ratio)
+        chosen = evenly_spaced(len(start), num_samples, keep_last)
+        starts.append(start[chosen])
+        labels.append(label[chosen])
     episode = np.repeat(np.arange(len(scores)), [len(start) for start in starts])
     start = np.concatenate(starts)
     return Windows(episode, start, np.concatenate(labels), np.zeros(len(start), dtype=bool))

@@ -13,6 +13,7 @@ from common.trend import (
     UNCLEAR,
     cut,
     episode_score,
+    evenly_spaced,
     list_windows,
     trend_labels,
     window_labels,
@@ -38,7 +39,8 @@ from common.trend import (
     ],
 )
 def test_window_starts(num_frames, stride, num_samples, keep_last, expected):
-    assert window_starts(num_frames, 5, stride, num_samples, keep_last).tolist() == expected
+    starts = window_starts(num_frames, 5, stride, keep_last)
+    assert starts[evenly_spaced(len(starts), num_samples, keep_last)].tolist() == expected
 
 
 def test_a_change_of_exactly_the_threshold_is_unclear():
@@ -54,9 +56,18 @@ def test_a_change_of_exactly_the_threshold_is_unclear():
 def test_the_tail_is_unclear_whatever_the_score_says():
     score = np.arange(14.0)  # 10 windows of 5
     starts = np.arange(10)
-    for ratio, num_tail in ((0.0, 0), (0.15, 1), (0.2, 2), (0.29, 2), (0.9, 9)):
+    for ratio, first in ((0.0, 10), (0.01, 9), (0.15, 8), (0.2, 8), (0.29, 7), (0.85, 1)):
         labels = window_labels(score, starts, 5, 0.05, ratio)
-        assert labels.tolist() == [POSITIVE] * (10 - num_tail) + [UNCLEAR] * num_tail
+        assert labels.tolist() == [POSITIVE] * first + [UNCLEAR] * (10 - first)
+
+
+def test_the_tail_is_that_of_all_windows_not_of_those_chosen():
+    """The last fifth of ten are numbers 8 and 9, the last half those from 5 on."""
+    listed = list_windows([np.arange(14.0)], 5, 1, 4, True, 0.05, 0.2)
+    assert listed.start.tolist() == [0, 3, 6, 9]
+    assert listed.label.tolist() == [POSITIVE] * 3 + [UNCLEAR]
+    half = list_windows([np.arange(14.0)], 5, 1, 2, False, 0.05, 0.5)
+    assert (half.start.tolist(), half.label.tolist()) == ([0, 4], [POSITIVE, POSITIVE])
 
 
 def episode(**changes):
