@@ -24,7 +24,6 @@ NO_LABEL = -100  # in `labels`: not a token of the answer
 # Frames per second that the text says the videos have. A constant, so that the prompt does not depend on
 # the env: Qwen3-VL's own training videos are sampled at 2.
 VIDEO_FPS = 2.0
-PIXELS = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
 WRAPPED_VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
 TEXT, IMAGE, VIDEO = range(3)  # values of mm_token_type_ids
 

@@ -35,7 +35,6 @@ class HistoryOracleConfig:
     interval_reward: float = 0.0
     gt_success_bonus: float = 0.0
     infer_micro_batch_size: int = 1024
-    device: str = "auto"
 
 
 class HistoryOracle:
