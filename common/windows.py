@@ -21,6 +21,9 @@ from common.prompts import fill, template_of
 from common.runtime import UserError
 from common.trend import FRAME_KEYS, LABELS, OPPOSITE, REVERSED
 
+# Of dataset_info.json: cameras, rate and the rule of the labels, the same in all data that are used together.
+ALIKE = ("window_size", "render", "control", "score_source", "delta_threshold", "tail_unclear_ratio")
+
 
 @dataclass
 class _Row:
@@ -72,8 +75,8 @@ class WindowSet:
             )
 
         infos = [_read_info(Path(path)) for path in paths]
-        if any(_kind(info) != _kind(infos[0]) for info in infos):
-            raise UserError(f"{self.names} come from different cameras or windows; use data of one set-up")
+        if different := [key for key in ALIKE if any(info.get(key) != infos[0].get(key) for info in infos)]:
+            raise UserError(f"{self.names} differ in their {', '.join(different)}; use data of one kind")
         self.info = infos[0]
         self.sha256 = {path: hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in paths}
 
@@ -200,13 +203,10 @@ def check_windows(train: WindowSet, val: WindowSet, num_frames: int) -> None:
             f"training frames are {train.frame_size} but validation frames {val.frame_size}; make both in "
             "one run of preprocess_qwentrend.py"
         )
-    if _kind(train.info) != _kind(val.info):
-        raise UserError(f"{train.names} and {val.names} come from different cameras; use data of one set-up")
-
-
-def _kind(info: dict[str, Any]) -> tuple:
-    """What must agree among datasets used together."""
-    return tuple(json.dumps(info.get(key), sort_keys=True) for key in ("window_size", "render", "control"))
+    if different := [key for key in ALIKE if train.info.get(key) != val.info.get(key)]:
+        raise UserError(
+            f"{train.names} and {val.names} differ in their {', '.join(different)}; use data of one kind"
+        )
 
 
 def _read_rows(path: Path, video_root: str | None) -> list[_Row]:

@@ -100,10 +100,6 @@ def test_several_files_are_one_set(data, tmp_path):
     assert len(together) == 30
     alone = train_set(other).windows(np.array([5]))["main_images"]
     assert torch.equal(together.windows(np.array([29]))["main_images"], alone)
-    info = json.loads((other / "dataset_info.json").read_text())
-    (other / "dataset_info.json").write_text(json.dumps({**info, "render": {"shader": "other"}}))
-    with pytest.raises(UserError, match="come from different cameras or windows"):
-        WindowSet(paths)
 
 
 # --- What is refused
@@ -162,6 +158,25 @@ def test_unfit_data(data, what):
     message = spoil(data, what)
     with pytest.raises(UserError, match=message):
         train_set(data).windows(np.arange(24))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("render", {"shader": "other"}),
+        ("score_source", "gae"),
+        ("delta_threshold", 0.1),
+        ("tail_unclear_ratio", 0.15),
+    ],
+)
+def test_data_of_other_cameras_or_label_rules_do_not_mix(data, tmp_path, key, value):
+    other = write_windows(tmp_path / "other", num_train=6)
+    info = json.loads((other / "dataset_info.json").read_text())
+    (other / "dataset_info.json").write_text(json.dumps({**info, key: value}))
+    with pytest.raises(UserError, match=f"differ in their {key}; use data of one kind"):
+        WindowSet([str(folder / "train/segments.jsonl") for folder in (data, other)])
+    with pytest.raises(UserError, match=f"differ in their {key}; use data of one kind"):
+        check_windows(train_set(data), train_set(other), 5)
 
 
 def test_a_mixture_of_window_sizes_is_refused(data):
