@@ -33,7 +33,8 @@ from common.rewards import Verdicts, WindowVerdicts
 from common.runtime import UserError
 from common.vlm_api import ApiConfig
 
-RING_CHUNKS = 16  # chunks of frames that may be on their way to the model before submit waits
+RING_CHUNKS = 16  # chunks of frames that may be on their way to the model before submit waits,
+RING_BYTES = 128 << 20  # and to a worker not more than these, in shared memory, but two chunks in any case
 
 
 @dataclass
@@ -316,13 +317,9 @@ class RewardWorker(RewardClient):
 
     def _score_chunk(self, frames: dict[str, Tensor], keys: Tensor) -> None:
         if self.ring is None:
-            shape = (RING_CHUNKS, self.chunk_size)
-            self.ring = {
-                v: torch.zeros((*shape, *f.shape[1:]), dtype=f.dtype).share_memory_()
-                for v, f in frames.items()
-            }
+            self.ring = self._make_ring(frames)
             self.child.send(("ring", self.ring))
-        while len(self._sent) >= RING_CHUNKS:
+        while len(self._sent) >= self.num_chunks:
             self._take_one()
         for view, frame in frames.items():
             if frame.shape[1:] != self.ring[view].shape[2:]:
@@ -332,7 +329,23 @@ class RewardWorker(RewardClient):
             self.ring[view][self._next_chunk, : len(keys)] = frame.cpu()
         self.child.send(("score", (self._next_chunk, len(keys))))
         self._sent.append(keys)
-        self._next_chunk = (self._next_chunk + 1) % RING_CHUNKS
+        self._next_chunk = (self._next_chunk + 1) % self.num_chunks
+
+    def _make_ring(self, frames: dict[str, Tensor]) -> dict[str, Tensor]:
+        chunk_bytes = self.chunk_size * sum(f[0].nbytes for f in frames.values())
+        self.num_chunks = min(max(2, RING_BYTES // chunk_bytes), RING_CHUNKS)
+        shape = (self.num_chunks, self.chunk_size)
+        try:
+            return {
+                v: torch.zeros((*shape, *f.shape[1:]), dtype=f.dtype).share_memory_()
+                for v, f in frames.items()
+            }
+        except RuntimeError as error:
+            raise UserError(
+                f"no room in /dev/shm for {self.num_chunks * chunk_bytes >> 20} MB of frames on their way to "
+                "the reward worker; enlarge it (docker: --shm-size), lower "
+                "reward.model.infer_micro_batch_size, or set reward.placement to inline"
+            ) from error
 
     def await_one(self, timeout_s: float) -> None:
         if self._sent and not self._done:

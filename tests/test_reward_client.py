@@ -151,6 +151,25 @@ def test_frames_may_not_change_their_size(worker):
     assert worker.score(frames_of([60])).success.tolist() == [True]
 
 
+@pytest.mark.parametrize(("most", "num_chunks"), [(10 * 3 * 192, 10), (0, 2)])
+def test_the_ring_is_bounded_by_its_bytes(own_worker, monkeypatch, most, num_chunks):
+    """Windows of five 224px frames in two views took 1.5 GB of shared memory."""
+    monkeypatch.setattr(reward_client, "RING_BYTES", most)
+    pixels = [(7 * i) % 101 for i in range(100)]
+    own_worker.submit(frames_of(pixels), torch.arange(100))
+    assert own_worker.ring["main_images"].shape == (num_chunks, 3, 8, 8, 3)
+    assert keys_and_probs(own_worker.receive(wait=True)) == [(i, p / 100) for i, p in enumerate(pixels)]
+
+
+def test_too_little_shared_memory_is_named(own_worker, monkeypatch):
+    def no_room(_):
+        raise RuntimeError("unable to allocate shared memory(shm): No space left on device (28)")
+
+    monkeypatch.setattr(Tensor, "share_memory_", no_room)
+    with pytest.raises(UserError, match=r"no room in /dev/shm for 0 MB .*infer_micro_batch_size"):
+        own_worker.score(frames_of([1]))
+
+
 @pytest.mark.parametrize("placement", ["inline", "worker"])
 def test_missing_checkpoint_is_a_complaint_to_the_user(placement, tmp_path):
     cfg = RewardConfig(
