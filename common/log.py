@@ -41,6 +41,14 @@ class Tag(NamedTuple):
     format: str = ".3g"
 
 
+_WINDOWS = {
+    "positive_share": Tag("share of the windows called positive", "positive", ".2f"),
+    "negative_share": Tag("share of the windows called negative"),
+    "agreement": Tag("share of the windows called what the label rule calls them", "agree", ".2f"),
+    "false_positive_share": Tag("share of the windows called positive that are not", "false", ".2f"),
+    "label_mass": Tag("mean probability of the three labels together"),
+    "model_reward_mean": Tag("mean model_reward of the frames or windows scored"),
+}
 _EVALUATION = {
     "true_success_once": Tag("share of episodes that truly succeed at any step", "true", ".2f"),
     "true_success_at_end": Tag("share of episodes whose last step is a true success", "at_end", ".2f"),
@@ -53,14 +61,8 @@ _EVALUATION = {
     ),
     "model_return": Tag("mean sum of model_reward over an episode, bonus left out", "model_return", ".2f"),
     "progress_corr": Tag("correlation of an episode's model_return with its true progress", "corr", ".2f"),
+    **_WINDOWS,
     "num_episodes": Tag("episodes measured"),
-}
-_WINDOWS = {
-    "positive_share": Tag("share of the windows called positive", "positive", ".2f"),
-    "negative_share": Tag("share of the windows called negative"),
-    "agreement": Tag("share of the windows called what the label rule calls them", "agree", ".2f"),
-    "false_positive_share": Tag("share of the windows called positive that are not", "false", ".2f"),
-    "label_mass": Tag("mean probability of the three labels together"),
 }
 _EPISODES = {
     "true_success_once": _EVALUATION["true_success_once"],
@@ -74,7 +76,6 @@ _VERDICTS = {
     "false_positives_per_1000_steps": Tag(
         "frames wrongly paid as a success, per 1,000 env steps", "fp", ".1f"
     ),
-    "model_reward_mean": Tag("mean model_reward of the frames or windows scored"),
     "precision": Tag("share of the frames called a success that are one"),
     "recall": Tag("share of the successes scored that are called one"),
     "share_of_time": Tag("share of wall time spent waiting for the reward model"),

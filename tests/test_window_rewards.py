@@ -12,6 +12,7 @@ from common.evaluation import evaluate, record_traces
 from common.experience import Rollout, prior_buffer
 from common.geometry import success_distance
 from common.judging import make_watch, pay
+from common.log import GLOSSARY, progress_line
 from common.ppo import PPOConfig
 from common.reward_client import RewardClient
 from common.reward_models import HistoryOracle, HistoryOracleConfig
@@ -185,6 +186,17 @@ def test_the_audit_tells_false_positives_from_others():
         "reward/false_positive_share": 1 / 2,
     }
     assert audit.metrics() == {}
+
+
+@pytest.mark.parametrize("group", ["reward", "prior", "eval", "final"])
+def test_what_the_audit_counts_is_in_the_glossary(group):
+    """Those of an evaluation were not, so its line kept quiet of what the reward model calls wrongly."""
+    audit = TrendAudit()
+    verdicts = WindowVerdicts(torch.arange(2), torch.eye(3)[[0, 0]], tensor([0, 0]), torch.ones(2))
+    audit.count(verdicts, tensor([0, 1]))
+    assert audit.metrics(group).keys() <= GLOSSARY.keys()
+    audit.count(verdicts, tensor([0, 1]))
+    assert "false 0.50" in progress_line(0, 0, audit.metrics(group))
 
 
 def test_the_oracle_says_what_the_rule_says():
