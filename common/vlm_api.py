@@ -7,6 +7,7 @@ wrote counts as certain.
 """
 
 import base64
+import contextlib
 import io
 import json
 import math
@@ -100,7 +101,9 @@ class ChatClient:
                 with urllib.request.urlopen(post, timeout=self.cfg.timeout_s) as response:
                     return self._first_answer(response.read())
             except urllib.error.HTTPError as error:
-                message = error.read().decode(errors="replace")[:300]
+                message = ""
+                with contextlib.suppress(OSError, HTTPException):  # an answer that is cut short
+                    message = error.read().decode(errors="replace")[:300]
                 if error.code not in WORTH_ANOTHER_TRY:
                     raise self._refusal(error.code, message) from error
                 asked_s = error.headers.get("Retry-After", "")

@@ -316,6 +316,14 @@ def test_a_slow_answer_is_given_up_and_asked_for_again(serve):
     assert len(server.requests) == 2
 
 
+def test_an_error_that_is_cut_short_is_one_all_the_same(serve):
+    def answer(request, number):
+        return (503, {}, {"Content-Length": "1000"}) if number == 0 else said("", {"positive": 1.0})
+
+    server = serve(answer)
+    assert model_of(server).score(windows(1)).tolist() == [[1, 0, 0]]
+
+
 def test_retries_are_bounded_and_the_rest_is_not_asked(serve):
     server = serve(lambda request, number: (503, {"error": "loading"}, {}))
     with pytest.raises(UserError, match=r"answered 503: .*loading.* after 3 tries; is the server running"):
