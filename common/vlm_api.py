@@ -269,7 +269,7 @@ class ServedVLMRewardModel:
             if "logprobs" not in str(error) or self.api.logprobs == "on":
                 raise
             answer = self.client.ask(request)
-        if not answer.logprobs:
+        if answer.text and not answer.logprobs:  # an empty answer has no token to tell them of
             if self.api.logprobs == "on":
                 raise UserError(
                     f"reward.api.logprobs: on, but {self.client.url} tells none; set it to auto to count the "

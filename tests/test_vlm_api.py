@@ -213,6 +213,15 @@ def test_without_logprobs_the_word_counts_and_that_is_said_once(serve, capsys):
     assert "logprobs" not in server.requests[-1]
 
 
+@pytest.mark.parametrize("logprobs", ["auto", "on"])
+def test_an_empty_answer_says_nothing_of_logprobs(serve, capsys, logprobs):
+    server = serve(lambda request, number: said("") if number == 0 else said("", {"negative": 1.0}))
+    model = model_of(server, num_concurrent=1, logprobs=logprobs)
+    assert model.score(windows(2)).tolist() == [[0, 0, 0], [0, 1, 0]]
+    assert "logprobs" in server.requests[1]
+    assert capsys.readouterr().err == ""
+
+
 def test_a_server_that_refuses_logprobs_is_asked_without(serve):
     def answer(request, number):
         if "logprobs" in request:
