@@ -228,7 +228,9 @@ class RewardClient:
         set_task(self.model, task)
 
     def close(self) -> None:
-        """Nothing to end inline."""
+        """Inline only a served model has something to end."""
+        if self.cfg.api is not None:
+            self.model.close()
 
     def __enter__(self) -> "RewardClient":
         return self

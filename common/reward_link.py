@@ -11,6 +11,7 @@ A server may be stopped and started at any time; training asks it through `commo
 
 import sys
 import time
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -169,4 +170,6 @@ def make_judge(cfg: RewardConfig) -> LiveJudge:
 
 def serve_reward_model(cfg: RewardConfig, address: str, keys_dir: str | None = None) -> None:
     """Serve the model that `cfg.model` (or `cfg.api`) names; `cfg.placement` is for clients."""
-    serve(load_reward_model(cfg.model, cfg.api), address, keys_dir, lambda text: print(text, flush=True))
+    model = load_reward_model(cfg.model, cfg.api)
+    with closing(model) if cfg.api is not None else nullcontext():
+        serve(model, address, keys_dir, lambda text: print(text, flush=True))

@@ -14,7 +14,6 @@ import math
 import os
 import sys
 import threading
-import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
@@ -82,6 +81,7 @@ class ChatClient:
     def __init__(self, cfg: ApiConfig):
         """UserError where the key's environment variable is empty."""
         self.cfg = cfg
+        self.closed = threading.Event()
         self.url = cfg.base_url.rstrip("/") + "/chat/completions"
         self.headers = {"Content-Type": "application/json"}
         if cfg.api_key_env is not None:
@@ -111,8 +111,8 @@ class ChatClient:
                 problem = f"answered {error.code}: {message}"
             except (OSError, HTTPException) as error:  # refused, reset, timed out, cut short
                 problem = f"gave no answer ({getattr(error, 'reason', error) or type(error).__name__})"
-            if attempt < self.cfg.max_retries:
-                time.sleep(wait_s)
+            if attempt < self.cfg.max_retries and self.closed.wait(wait_s):
+                raise UserError(f"reward.api: given up while {self.url} was asked again")
         tries = f"after {self.cfg.max_retries + 1} tries" if self.cfg.max_retries else "at the only try"
         raise UserError(
             f"reward.api: {self.url} {problem} {tries}; is the server running, and reward.api.base_url right?"
@@ -304,7 +304,9 @@ class ServedVLMRewardModel:
         return [{"type": "text", "text": camera}, *images]
 
     def close(self) -> None:
-        self.pool.shutdown(cancel_futures=True)
+        """Nothing is asked any more; what is being asked has until `timeout_s`, and no other try."""
+        self.client.closed.set()
+        self.pool.shutdown(wait=False, cancel_futures=True)
 
 
 def load_served(cfg: Any, api: ApiConfig) -> ServedVLMRewardModel:

@@ -21,9 +21,11 @@ import pytest
 import torch
 from PIL import Image
 
-from common import vlm_api
+from common import reward_link, vlm_api
 from common.history import HistoryBufferConfig
 from common.prompts import TREND_TEMPLATE, InputBuilderParams, fill
+from common.qwen_reward import HistoryVLMRewardConfig
+from common.reward_client import RewardClient, RewardConfig
 from common.runtime import UserError
 from common.vlm_api import Answer, ApiConfig, ServedVLMRewardModel, label_prob_of, load_served
 
@@ -338,6 +340,55 @@ def test_retries_are_bounded_and_the_rest_is_not_asked(serve):
     with pytest.raises(UserError, match=r"answered 503: .*loading.* after 3 tries; is the server running"):
         model_of(server, max_retries=2, num_concurrent=1).score(windows(50))
     assert len(server.requests) <= 6  # of the first window, and of one that was under way
+
+
+def served_windows(server: Server, **model) -> RewardConfig:
+    """`reward` of a run that asks the server about windows of 3 frames, in this process."""
+    buffers = {"window": HistoryBufferConfig(history_size=3)}
+    return RewardConfig(
+        use_reward_model=True,
+        reward_mode="history_buffer",
+        placement="inline",
+        model=HistoryVLMRewardConfig(history_buffers=buffers, **model),
+        api=ApiConfig(base_url=server.url, model="judge"),
+    )
+
+
+def test_closing_the_client_ends_the_retries(serve, monkeypatch):
+    """Ctrl-C used to hang until the last of them."""
+    monkeypatch.setattr(vlm_api, "FIRST_WAIT_S", 8.0)
+    server = serve(lambda request, number: (503, {"error": "loading"}, {}))
+    client, errors = RewardClient(served_windows(server)), []
+
+    def ask():
+        try:
+            client.score(windows(2))
+        except UserError as error:
+            errors.append(str(error))
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    while len(server.requests) < 2:
+        time.sleep(0.005)
+    start = time.monotonic()
+    client.close()
+    thread.join()
+    assert time.monotonic() - start < 5
+    assert errors == [f"reward.api: given up while {server.url}/chat/completions was asked again"]
+    assert len(server.requests) == 2
+
+
+def test_a_reward_server_closes_the_model_that_it_asks(serve, monkeypatch):
+    asked = []
+
+    def stop(model, *_):
+        asked.append(model)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(reward_link, "serve", stop)
+    with pytest.raises(KeyboardInterrupt):
+        reward_link.serve_reward_model(served_windows(serve(None)), "tcp://127.0.0.1:0")
+    assert asked[0].client.closed.is_set()
 
 
 @pytest.mark.parametrize(
