@@ -110,13 +110,7 @@ def load_history_vlm(
     asked = {"views": tuple(views), "window": next(iter(sizes), 5)}
     model = _load(HistoryVLMRewardModel, cfg, asked, device)
     if model.meta:
-        path = Path(cfg.lora_path or cfg.model_path)
-        if list(model.labels) != model.meta["labels"]:
-            raise UserError(
-                f"{path} was trained to answer {', '.join(model.meta['labels'])}; {cfg.reward_parser_name} "
-                f"knows {', '.join(model.labels)}"
-            )
-        _check_golden(model, path)
+        _check_golden(model, Path(cfg.lora_path or cfg.model_path))
     return model
 
 
@@ -132,15 +126,15 @@ def _load(
     device: torch.device | None,
 ) -> Any:
     device = device or pick_device(cfg.device)
-    meta = _read_meta(cfg)
+    builder = look_up(cfg.input_builder_name, INPUT_BUILDERS, "input_builder_name")
+    parser = make_parser(cfg.reward_parser_name, cfg.reward_parser_params)
+    meta = read_meta(cfg)
     if meta:
-        _check_meta(meta, cfg, asked)
+        check_meta(meta, cfg, asked, parser)
         asked = {"views": tuple(meta["views"]), "window": meta["window"]}
     params = cfg.input_builder_params
     standard = TEMPLATES.get(cfg.input_builder_name, TREND_TEMPLATE)
     template = meta.get("template") or params.template or standard
-    builder = look_up(cfg.input_builder_name, INPUT_BUILDERS, "input_builder_name")
-    parser = make_parser(cfg.reward_parser_name, cfg.reward_parser_params)
     if cfg.lora_path is not None:
         _check_adapter(Path(cfg.lora_path))
     model, processor = load_base(cfg, device)  # which takes long
@@ -179,7 +173,7 @@ def renamed_calls_unsaid() -> Iterator[None]:
         yield
 
 
-def _read_meta(cfg: VLMConfig) -> dict[str, Any]:
+def read_meta(cfg: VLMConfig) -> dict[str, Any]:
     """reward.json of what was trained; {} for weights that train_vlm.py did not write."""
     folder = cfg.lora_path or cfg.model_path
     if folder is None or not (Path(folder) / "reward.json").is_file():
@@ -187,8 +181,11 @@ def _read_meta(cfg: VLMConfig) -> dict[str, Any]:
     return load_json(Path(folder) / "reward.json")
 
 
-def _check_meta(meta: dict[str, Any], cfg: VLMConfig, asked: dict[str, Any]) -> None:
-    """UserError where the config asks another question than the model was trained on."""
+def check_meta(meta: dict[str, Any], cfg: VLMConfig, asked: dict[str, Any], parser: Any) -> None:
+    """UserError where the config asks another question than the model was trained on, or knows other answers.
+
+    asked: `views` and `window`.
+    """
     where = cfg.lora_path or cfg.model_path
     if meta.get("model_type") != "history_vlm":
         raise UserError(f"{where} holds a reward model of the type {meta.get('model_type')}, not history_vlm")
@@ -210,6 +207,11 @@ def _check_meta(meta: dict[str, Any], cfg: VLMConfig, asked: dict[str, Any]) -> 
     if differences:
         told = "; ".join(f"{name}: trained with {theirs}, here {ours}" for name, ours, theirs in differences)
         raise UserError(f"{where} was trained for another question: {told}")
+    if (labels := list(parser.labels)) != meta["labels"]:
+        raise UserError(
+            f"{where} was trained to answer {', '.join(meta['labels'])}; {cfg.reward_parser_name} knows "
+            f"{', '.join(labels)}"
+        )
 
 
 def _precision_of(model: nn.Module) -> str:

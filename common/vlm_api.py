@@ -16,6 +16,7 @@ import sys
 import threading
 import urllib.error
 import urllib.request
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from http.client import HTTPException
@@ -36,6 +37,7 @@ from common.prompts import (
     make_parser,
     warn_of_other_task,
 )
+from common.qwen_checkpoint import check_meta, read_meta
 from common.runtime import UserError
 
 TOP_LOGPROBS = 20  # as many as OpenAI and, by default, vLLM allow
@@ -191,12 +193,13 @@ class ServedVLMRewardModel:
         reward_parser_name: str,
         reward_parser_params: dict[str, Any],
         max_new_tokens: int = 16,
+        meta: dict[str, Any] | None = None,
     ):
-        self.api, self.views, self.window = api, tuple(views), window
-        self.meta: dict[str, Any] = {}  # a server says nothing of what its model was trained on
+        """meta: what the model's checkpoint says of itself, where that is at hand; a server says nothing."""
+        self.api, self.views, self.window, self.meta = api, tuple(views), window, meta or {}
         self.build = look_up(input_builder_name, INPUT_BUILDERS, "input_builder_name")
         standard = TEMPLATES.get(input_builder_name, TREND_TEMPLATE)
-        self.template = input_builder_params.template or standard
+        self.template = self.meta.get("template") or input_builder_params.template or standard
         self._own_task = input_builder_params.default_task_description
         self._env_task = ""
         self.parser = make_parser(reward_parser_name, reward_parser_params)
@@ -310,9 +313,10 @@ class ServedVLMRewardModel:
 
 
 def load_served(cfg: Any, api: ApiConfig) -> ServedVLMRewardModel:
-    """For a section `reward.model` of type vlm or history_vlm, of which the weights' keys play no part.
+    """For a section `reward.model` of type vlm or history_vlm.
 
-    `inference_mode: generate` asks for no logprobs.
+    `inference_mode: generate` asks for no logprobs. Of `lora_path` or `model_path` a `reward.json` alone is
+    read, for the template; UserError where the section asks another question.
     """
     if cfg.model_type == "vlm":
         views, window = cfg.views, None
@@ -321,7 +325,8 @@ def load_served(cfg: Any, api: ApiConfig) -> ServedVLMRewardModel:
         views, window = buffer.history_keys, buffer.history_size
     if cfg.inference_mode == "generate":
         api = replace(api, logprobs="off")
-    return ServedVLMRewardModel(
+    meta = read_meta(cfg)
+    model = ServedVLMRewardModel(
         api,
         tuple(views),
         window,
@@ -330,4 +335,14 @@ def load_served(cfg: Any, api: ApiConfig) -> ServedVLMRewardModel:
         cfg.reward_parser_name,
         cfg.reward_parser_params,
         cfg.max_new_tokens,
+        meta,
     )
+    if meta:
+        check_meta(meta, cfg, {"views": model.views, "window": window or 1}, model.parser)
+        if api.send_videos_as == "images":
+            warnings.warn(
+                f"{cfg.lora_path or cfg.model_path} was tuned on videos, and the server is sent images; set "
+                "reward.api.send_videos_as to video_url",
+                stacklevel=2,
+            )
+    return model

@@ -135,7 +135,7 @@ WITHIN_LEVEL = {
     "fast_vision": {"qwen_checkpoint"},
     "qwen_inputs": {"qwen_reward", "qwen_checkpoint", "qwen_sft", "vlm_api"},
     "qwen_reward": {"qwen_checkpoint", "qwen_sft", "vlm_api"},
-    "qwen_checkpoint": {"qwen_sft"},
+    "qwen_checkpoint": {"qwen_sft", "vlm_api"},
     "geometry": {"wrappers", "scripted", "envs"},
     "wire": {"link"},
     "link_keys": {"link"},

@@ -12,9 +12,9 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,6 +22,7 @@ import torch
 from PIL import Image
 
 from common import reward_link, vlm_api
+from common.files import save_json
 from common.history import HistoryBufferConfig
 from common.prompts import TREND_TEMPLATE, InputBuilderParams, fill
 from common.qwen_reward import HistoryVLMRewardConfig
@@ -272,13 +273,9 @@ def test_nothing_to_score(serve):
 
 def test_a_model_section_says_what_is_asked(serve):
     server = serve(lambda request, number: said("positive", {"positive": 1.0}))
-    section = SimpleNamespace(
-        model_type="history_vlm",
+    section = HistoryVLMRewardConfig(
         history_buffers={"window": HistoryBufferConfig(history_size=3, history_keys=["main_images"])},
-        input_builder_name="qwentrend_input_builder",
         input_builder_params=InputBuilderParams(template="{task}?"),
-        reward_parser_name="qwentrend_reward_parser",
-        reward_parser_params={},
         max_new_tokens=4,
         inference_mode="generate",
     )
@@ -290,6 +287,30 @@ def test_a_model_section_says_what_is_asked(serve):
     assert request["max_tokens"] == 4
     assert "logprobs" not in request
     assert request["messages"][0]["content"][-1]["text"] == "Lift?"
+
+
+def test_a_checkpoint_beside_the_server_tells_the_question(serve, tmp_path):
+    """A tuned model that was asked by the standard template, or by another one, was asked in silence."""
+    server = serve(lambda request, number: said("positive", {"positive": 1.0}))
+    meta = {"model_type": "history_vlm", "prompt_version": 1, "template": "{task}?", "labels": list(LABELS)}
+    meta |= {"views": list(VIEWS), "window": 3, "use_chat_template": True, "tasks": ["Lift"]}
+    save_json({**meta, "input_builder_name": "qwentrend_input_builder"}, tmp_path / "reward.json")
+    section = served_windows(server, lora_path=str(tmp_path)).model
+    videos = ApiConfig(base_url=server.url, model="judge", send_videos_as="video_url")
+    model = load_served(section, videos)
+    model.task = "Lift"
+    model.score(windows(1))
+    assert server.requests[0]["messages"][0]["content"][-1]["text"] == "Lift?"
+    assert model.meta["window"] == 3
+    with pytest.warns(UserWarning, match="the task is 'Push', but the reward model was trained on 'Lift'"):
+        model.task = "Push"
+    with pytest.warns(
+        UserWarning, match="was tuned on videos, .* set reward.api.send_videos_as to video_url"
+    ):
+        load_served(section, replace(videos, send_videos_as="images"))
+    section.input_builder_params.template = "Now {task}!"
+    with pytest.raises(UserError, match=r"another question: template: trained with \{task\}\?, here Now"):
+        load_served(section, videos)
 
 
 # ----------------------------------------------------------------------------------------------------
