@@ -48,7 +48,7 @@ from common.trend_report import (
 )
 from common.windows import WindowIndices, WindowSet, check_windows, shifted, some_reversed
 
-NUM_GOLDEN = 4  # validation windows kept in the checkpoint: so many of the least decided, so many of the most
+NUM_GOLDEN = 3  # validation windows of each verdict that are kept in the checkpoint, at most
 
 # ----------------------------------------------------------------------------------------------------
 # Settings
@@ -202,6 +202,20 @@ def load_data(section: DataConfig) -> tuple[WindowSet, WindowSet]:
 # ----------------------------------------------------------------------------------------------------
 
 
+def most_decided(label_prob: np.ndarray, tasks: list[str]) -> np.ndarray:
+    """Indices of the golden windows, whose scores are checked at every load: of each verdict the surest.
+
+    All are of one task, and none is near a tie, where bf16 alone may change a score by more than is allowed.
+    label_prob (B, 3).
+    """
+    likeliest = np.sort(label_prob)
+    lead = likeliest[:, -1] - likeliest[:, -2]
+    order = np.argsort(-lead, kind="stable")
+    order = order[(np.array(tasks)[order] == tasks[order[0]]) & (lead[order] >= lead.max() / 2)]
+    verdict = label_prob[order].argmax(1)
+    return np.concatenate([order[verdict == label][:NUM_GOLDEN] for label in range(len(LABELS))])
+
+
 class Judge:
     """Opens the run folder, validates, keeps the best checkpoint, says when to stop, and sums the run up."""
 
@@ -258,11 +272,7 @@ class Judge:
         tagged = {f"val/{name}": value for name, value in card.items()}
         self.log.log(step, {"train/loss": train_loss, **tagged})
 
-        likeliest = np.sort(prob)
-        order = np.argsort(likeliest[:, -1] - likeliest[:, -2])  # where a small change would matter, first
-        order = self.chosen[order]
-        golden = order[[self.val_set.tasks[index] == self.val_set.tasks[order[0]] for index in order]]
-        golden = np.concatenate([golden[:NUM_GOLDEN], golden[-NUM_GOLDEN:]])
+        golden = self.chosen[most_decided(prob, self.val_set.tasks_of(self.chosen))]
         meta = {**self._meta(step, card), "golden_task": self.val_set.tasks[golden[0]]}
         merit = (round(card["macro_f1"], 4), -card["loss"])
         places = []

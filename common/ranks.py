@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -9,6 +10,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from common.runtime import UserError, pick_device
+
+WHILE_ONE_WORKS_ALONE = timedelta(hours=24)  # the first rank validates and saves, the others wait for it
 
 
 class Ranks:
@@ -36,7 +39,8 @@ class Ranks:
         if self.size > 1:
             if self.device.type == "cuda":
                 torch.cuda.set_device(self.device)
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            backend = "nccl" if self.device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=WHILE_ONE_WORKS_ALONE)
         return self
 
     def __exit__(self, *exc_info: object) -> None:

@@ -13,7 +13,7 @@ import torch
 from toy_windows import write_windows
 
 import train_vlm
-from common import config
+from common import config, ranks
 from common.qwen_checkpoint import load_base, load_history_vlm
 from common.qwen_inputs import NO_LABEL
 from common.qwen_reward import HistoryVLMRewardConfig
@@ -328,6 +328,28 @@ def test_unfit_settings(tmp_path, override, message):
 
 
 # --- The parts
+
+
+def test_golden_windows_are_the_most_decided_ones_of_one_task():
+    """Those near a tie let bf16's rounding refuse a sound checkpoint."""
+    sure = np.array([0.5, 0.9, 0.8, 0.95, 0.85, 0.97, 0.5, 0.99])  # lead by 1.5 times that minus 0.5
+    verdict = np.array([0, 0, 0, 0, 0, 1, 1, 1])
+    label_prob = np.repeat((1 - sure)[:, None] / 2, 3, axis=1)
+    label_prob[np.arange(8), verdict] = sure
+    tasks = ["push"] * 8
+    assert train_vlm.most_decided(label_prob, tasks).tolist() == [3, 1, 4, 7, 5]
+    tasks[5] = "pull"
+    assert train_vlm.most_decided(label_prob, tasks).tolist() == [3, 1, 4, 7]
+
+
+def test_ranks_wait_while_the_first_one_validates(monkeypatch):
+    """By default for ten minutes (nccl), which a validation of many windows takes longer than."""
+    asked = {}
+    monkeypatch.setattr(ranks.dist, "init_process_group", lambda backend, **more: asked.update(more))
+    monkeypatch.setattr(ranks.dist, "destroy_process_group", lambda: None)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with Ranks("cpu"):
+        assert asked["timeout"].total_seconds() >= 4 * 3600
 
 
 def test_an_answer_counts_once_however_many_tokens_it_has():
