@@ -125,7 +125,8 @@ class SpaceMouse:
     """A SpaceMouse in a context manager; `read` never waits.
 
     A puck at rest says nothing and that is fine; a deflected one repeats itself until it is let go. So a
-    reading is stale where reading failed, where the thread hangs, or where a deflected puck fell silent.
+    reading is stale where reading failed, where the thread hangs, or where a deflected puck fell silent. Once
+    it is not looked for any more (`reopen_tries`), `read` raises UserError.
     """
 
     def __init__(
@@ -150,6 +151,8 @@ class SpaceMouse:
         )
 
     def read(self) -> MouseReading:
+        if self._thread.gone:
+            raise UserError(f"the SpaceMouse is gone ({self._thread.reason}); plug it in and start again")
         reading, time_s = self._seen
         now, limit = time.monotonic(), self.cfg.stale_after_s
         silent = reading.axes.any() and now - time_s > limit

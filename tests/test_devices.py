@@ -199,15 +199,17 @@ def test_what_a_reader_was_given_does_not_change():
 
 def test_unplugged_while_deflected_moves_nothing_from_then_on():
     hid = FakeHID(PUSH, LEFT)
-    with mouse_on(hid, reopen_tries=2) as (mouse, notices):
+    with mouse_on(hid, reopen_tries=2, reopen_every_s=0.5) as (mouse, notices):
         wait_until(lambda: mouse.read().left and mouse.read().axes.any())
         hid.unplugged = True
         wait_until(lambda: mouse.read().stale)  # at once, not after the 60 s of silence set here
-        wait_until(lambda: len(notices) == 2)
         reading = mouse.read()
         assert reading.stale
         assert not reading.axes.any()
         assert not reading.left
+        wait_until(lambda: len(notices) == 2)
+        with pytest.raises(UserError, match=r"the SpaceMouse is gone \(no SpaceMouse found\); plug it in"):
+            mouse.read()
     assert hid.closed
     assert notices == [
         "SpaceMouse is lost (OSError: No such device); opening it again, 2 tries left",
