@@ -29,6 +29,7 @@ from common.runtime import UserError
 
 DOMAIN = "rewardlink"  # of the authenticator
 MAX_AT_ONCE = 64  # messages taken in before the first is answered
+MAX_WAITING = 4  # messages that ZeroMQ keeps of one client meanwhile, of up to 64 MB each
 MAX_TASK = 2000  # characters
 TELL_EVERY_S = 5.0  # between two lines of statistics, while there is something to tell
 SAY_EVERY_S = 1.0  # a kind of complaint: whoever sends rubbish shall not fill the disk
@@ -103,7 +104,7 @@ class RewardServer:
         zmq = self._zmq
         self._socket = self._context.socket(zmq.ROUTER)
         set_common_options(self._socket)
-        self._socket.rcvhwm = MAX_AT_ONCE
+        self._socket.rcvhwm = MAX_WAITING
         self._socket.ipv6 = "[" in address
         if keys is not None:
             from zmq.auth.thread import ThreadAuthenticator

@@ -365,6 +365,20 @@ def test_little_is_taken_in_at_once(monkeypatch):
     assert server.model.batches == [1, 1]  # two of them fit, of which the newer one counts
 
 
+def test_little_of_a_client_waits_in_memory():
+    """Else 64 messages of 64 MB could, of each client, however slow the model is."""
+    with RewardServer(FakeModel(), ANY_PORT) as server, zmq.Context() as context:
+        stranger = context.socket(zmq.DEALER)
+        stranger.sndhwm, stranger.linger = 1, 0
+        stranger.connect(server.endpoint)
+        taken, message = 0, bytes(4 << 20)
+        while stranger.poll(500, zmq.POLLOUT):
+            stranger.send(message)
+            taken += 1
+        stranger.close()
+    assert taken < 20  # 4 here, and what both ends' sockets hold
+
+
 def test_a_flood_is_counted_but_not_logged_line_by_line(start):
     served = start(FakeModel())
     with raw_client(served.endpoint) as stranger:
