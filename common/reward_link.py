@@ -36,9 +36,9 @@ class LiveJudge:
     """Judges the newest frames; whoever asks goes on meanwhile. A context manager.
 
     One question is under way at a time. Frames asked about meanwhile wait, and newer ones take their place.
-    A verdict that has not come `timeout_s` after its question is late, and never comes. Counts since the
-    start: `asked`, `answered`, `late` (a server's refusals too, each told on stderr once) and `overtaken`
-    (never looked at). `client` has the model's `views`, `meta` and `threshold`.
+    A verdict that has not come `timeout_s` after its question, or before the next one, is late, and never
+    comes. Counts since the start: `asked`, `answered`, `late` (a server's refusals too, each told on stderr
+    once) and `overtaken` (never looked at). `client` has the model's `views`, `meta` and `threshold`.
     """
 
     def __init__(self, client: RewardClient, timeout_s: float):
@@ -56,14 +56,15 @@ class LiveJudge:
         the model, unless that is inline. Raises UserError for other frames, WorkerError for a dead worker."""
         chosen = {view: self._checked(view, frames) for view in self.client.views}
         self.asked += 1
+        self._last_step, self._verdict = step, None
         self._look()
         if self._waiting is not None:
             self.overtaken += 1
-        self._waiting, self._last_step = (chosen, step, time.monotonic()), step
+        self._waiting = chosen, step, time.monotonic()
         self._start_waiting()
 
     def poll(self) -> LiveVerdict | None:
-        """The newest verdict that has not been handed out, or None. Never waits."""
+        """The verdict on the frames asked about last, once, or None. Never waits."""
         self._look()
         verdict, self._verdict = self._verdict, None
         return verdict
@@ -76,9 +77,8 @@ class LiveJudge:
             left_s = deadline - time.monotonic()
             if left_s <= 0:
                 break
-            self.client.await_one(min(left_s, LOOK_EVERY_S))
-            self._look()
-        return self.poll() if self._verdict is not None and self._verdict.step == self._last_step else None
+            self._look(min(left_s, LOOK_EVERY_S))
+        return self.poll()
 
     def _checked(self, view: str, frames: dict[str, np.ndarray]) -> Tensor:
         """(1, H, W, 3), a copy: the caller may draw the next frame into the same memory."""
@@ -89,17 +89,21 @@ class LiveJudge:
             raise UserError(f"{view} must be uint8 RGB (H, W, 3), got {frame.dtype} {frame.shape}")
         return torch.from_numpy(frame)[None]
 
-    def _look(self) -> None:
+    def _look(self, wait_s: float = 0.0) -> None:
         """Take in a verdict that has come, give up one that has not, start what waits."""
         try:
+            self.client.await_one(wait_s)
             verdicts = self.client.receive()
         except UserError as error:
             self._refused(error)
             verdicts = []
         if verdicts:
-            if not self._is_late:
+            step, prob = int(verdicts[-1].keys[-1]), float(verdicts[-1].success_prob[-1])
+            if not self._is_late and step == self._last_step:
                 self.answered += 1
-                self._verdict = LiveVerdict(int(verdicts[-1].keys[-1]), float(verdicts[-1].success_prob[-1]))
+                self._verdict = LiveVerdict(step, prob)
+            elif not self._is_late:
+                self.late += 1
             self._under_way, self._is_late = None, False
         elif self._under_way is not None and not self._is_late and self._is_old(self._under_way[1]):
             self._give_up()

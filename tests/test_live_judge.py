@@ -90,7 +90,7 @@ def test_the_newest_frame_overtakes_those_that_wait(start):
             assert time.monotonic() - begin < 5
         served.model.gate.set()
         assert judge.wait() == (4, pytest.approx(0.04))
-        assert (judge.asked, judge.answered, judge.late, judge.overtaken) == (4, 2, 0, 2)
+        assert (judge.asked, judge.answered, judge.late, judge.overtaken) == (4, 1, 1, 2)
     assert served.model.seen == [1, 4]
 
 
@@ -110,6 +110,34 @@ def test_a_late_verdict_never_comes(start):
         judge.ask(frame_of(80), 2)
         assert judge.wait() == (2, pytest.approx(0.8))
         assert (judge.answered, judge.late) == (1, 1)
+
+
+def test_a_verdict_on_an_older_frame_is_late(start):
+    """Regression: it was counted as answered, and the driver never saw it."""
+    served = start(GatedModel())
+    with judge_of(served) as judge:
+        judge.ask(frame_of(70), 1)
+        assert served.model.begun.wait(SOON_S)
+        assert judge.wait(0.01) is None
+        served.model.gate.set()
+        until(lambda: judge.client.link.has_message(0.1))
+        judge.ask(frame_of(80), 2)
+        assert judge.wait() == (2, pytest.approx(0.8))
+        assert (judge.asked, judge.answered, judge.late, judge.overtaken) == (2, 1, 1, 0)
+
+
+def test_a_server_with_another_model_is_told_of_and_driving_goes_on(start, capfd):
+    """Regression: its answer, read while waiting, ended the session."""
+    first = start(FakeModel())
+    with judge_of(first) as judge:
+        judge.ask(frame_of(70), 1)
+        assert judge.wait() == (1, pytest.approx(0.7))
+        first.stop()
+        start(FakeModel(meta={"threshold": 0.9}), first.endpoint)
+        for step in (2, 3):
+            judge.ask(frame_of(70), step)
+            assert judge.wait() is None
+    assert capfd.readouterr().err.count("serves another reward model") == 1
 
 
 def test_a_server_that_was_busy_judges_the_newest_question_alone(start):
