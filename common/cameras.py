@@ -17,6 +17,7 @@ import numpy as np
 from common.device_thread import DeviceThread, say
 from common.runtime import UserError
 
+FRAME_SIZE = 128  # pixels, the side of what the policy and the reward model see
 ARM_VIEWS = ("main_images", "extra_view_images")  # of the simulated arm
 RATE_FRAMES = 30  # the measured rate is over so many
 READ_TIMEOUT_S = 2.0  # of one read, where the camera's library has one
@@ -32,7 +33,6 @@ class RealCameraConfig:
     crop: tuple[float, float, float, float] | None = (
         None  # top, left, bottom, right in 0..1; null: centre square
     )
-    image_size: int = 128  # pixels; the crop is scaled to a square of this side
     warm_up_s: float = 1.0  # pictures thrown away after opening, while the exposure settles
     start_timeout_s: float = 10.0  # to the first picture
     reopen_tries: int = 5
@@ -52,8 +52,8 @@ class RealCameraConfig:
                     f"crop must be [top, left, bottom, right] with 0 <= top < bottom <= 1 and "
                     f"0 <= left < right <= 1, got {list(self.crop)}"
                 )
-        if min(self.width, self.height, self.fps, self.image_size) < 1:
-            raise ValueError("width, height, fps and image_size must be at least 1")
+        if min(self.width, self.height, self.fps) < 1:
+            raise ValueError("width, height and fps must be at least 1")
 
 
 class CameraError(UserError):
@@ -66,7 +66,7 @@ class CameraError(UserError):
 
 class Camera(Protocol):
     def read_latest(self, max_age_s: float) -> tuple[np.ndarray, float]:
-        """-> (rgb (image_size, image_size, 3) uint8, its time.monotonic()). CameraError if it is older."""
+        """-> (rgb (FRAME_SIZE, FRAME_SIZE, 3) uint8, its time.monotonic()). CameraError if it is older."""
         ...
 
     def describe(self) -> str:
@@ -156,7 +156,7 @@ class LatestFrame:
                 f"{self.title} has given no picture for {age_s:.1f} s{why}, {max_age_s:g} s are allowed; "
                 "check its cable and the load of its USB bus"
             )
-        return crop_and_scale(rgb, self.cfg.crop, self.cfg.image_size), time_s
+        return crop_and_scale(rgb, self.cfg.crop, FRAME_SIZE), time_s
 
     @property
     def rate_hz(self) -> float:
@@ -204,7 +204,7 @@ class ArmCamera:
     def read_latest(self, max_age_s: float) -> tuple[np.ndarray, float]:
         """Never stale: the picture is of now."""
         rgb = self.arm.render(self.cfg.serial)
-        return crop_and_scale(rgb, self.cfg.crop, self.cfg.image_size), time.monotonic()
+        return crop_and_scale(rgb, self.cfg.crop, FRAME_SIZE), time.monotonic()
 
     def describe(self) -> str:
         start_s = time.monotonic()

@@ -5,7 +5,8 @@
 
 action (7,) in [-1, 1]: dx dy dz, turns about x y z, gripper. The first six, times `action_scale`, move the
 *measured* pose along the axes of the robot's base; the result is clipped to the safety box and commanded. At
--0.5 or less the gripper closes, at 0.5 or more it opens, where its last command was another one.
+-0.5 or less the gripper closes, at 0.5 or more it opens, where its last command was another one; the arm
+stands still in such a step.
 
 obs["state"], float32: tcp_pose (7,) xyz m + quaternion xyzw, tcp_vel (6,) m/s and rad/s,
 gripper_position (1,) m, tcp_force (3,) N, tcp_torque (3,) Nm. obs["frames"]: camera -> (128, 128, 3) uint8.
@@ -15,7 +16,8 @@ info: in_zone (bool: at the target pose now), hold_steps (int: for how many step
 (float: by how much the step overran its period).
 
 Semantics follow RLinf's Franka env. Differences: the penalty does not keep a complete hold from ending the
-episode, orientation is tested where its threshold is a number, reset moves stay in the box too.
+episode, orientation is tested where its threshold is a number, reset moves stay in the box too, and a step
+that has waited for the fingers moves nothing else: its axes are 0.6 s old by then.
 """
 
 import contextlib
@@ -29,16 +31,16 @@ import numpy as np
 from gymnasium.spaces import Box, Dict
 
 from common.arms import Arm, ArmError, RobotState
-from common.cameras import Camera, crop_and_scale
+from common.cameras import FRAME_SIZE, Camera
 from common.franka_config import FrankaConfig
 from common.poses import distances, moved, pose_error, to_euler_pose, to_quat_pose, waypoints
 from common.runtime import UserError
 from common.timing import Rate, SimulatedClock
 
-FRAME_SIZE = 128  # pixels, of what the policy and the reward model see
 GRIPPER_THRESHOLD = 0.5  # of action[6] * action_scale[2]
 WIDE_OPEN_M = 0.07  # of the Franka hand's 0.08
 RESET_TURN_RAD_S = 0.5  # at most
+OUTSIDE_M = 0.05  # so far outside the safety box a real arm is brought back by hand
 RESET_PATIENCE_S = 1.5  # to come a tenth nearer; a soft arm turns at 0.1 rad/s, whatever is commanded
 
 
@@ -104,9 +106,9 @@ class FrankaEnv(gymnasium.Env):
         return None if self._state is None else self._state.pose
 
     @property
-    def gripper_open(self) -> bool:
-        """By the last command. False before the first one, unless it was found wide open."""
-        return bool(self._gripper_command)
+    def gripper_open(self) -> bool | None:
+        """By the last command. None before the first one, unless it was found wide open."""
+        return self._gripper_command
 
     # -- a step -------------------------------------------------------------------------------------
 
@@ -117,8 +119,8 @@ class FrankaEnv(gymnasium.Env):
         with self._stopped_by_errors():
             late_s = self.rate.begin()
             gripper_acted = self._act_gripper(action[6] * self.task.action_scale[2])
-            scale = np.repeat(self.task.action_scale[:2], 3)
-            target = moved(self._state.pose, action[:6] * scale)
+            twist = np.zeros(6) if gripper_acted else action[:6] * np.repeat(self.task.action_scale[:2], 3)
+            target = moved(self._state.pose, twist)
             self._move(self.box.clip(target, self._state.pose[:3]))
             late_s = max(late_s, self.rate.wait())
             obs = self._observe()
@@ -194,8 +196,7 @@ class FrankaEnv(gymnasium.Env):
             "tcp_torque": state.torque,
         }
         frames = {
-            name: crop_and_scale(camera.read_latest(self.task.frame_max_age_s)[0], None, FRAME_SIZE)
-            for name, camera in self.cameras.items()
+            name: camera.read_latest(self.task.frame_max_age_s)[0] for name, camera in self.cameras.items()
         }
         return {"state": {name: part.astype(np.float32) for name, part in parts.items()}, "frames": frames}
 
@@ -204,11 +205,25 @@ class FrankaEnv(gymnasium.Env):
         try:
             yield
         except BaseException as error:
-            self._state = None
+            self._state = self._gripper_command = None  # the fingers stop wherever they are
             self._lost_control = self._lost_control or isinstance(error, ArmError)
             with contextlib.suppress(ArmError):  # nothing more can be done, and the first error says it all
                 self.arm.stop()
             raise
+
+    # -- a pause ------------------------------------------------------------------------------------
+
+    def pause(self) -> None:
+        """Stop arm and fingers where they are, until `go_on`."""
+        with self._stopped_by_errors():
+            self.arm.stop()
+
+    def go_on(self) -> None:
+        """After a `pause`: the next step starts from where the arm is now, and the fingers go on."""
+        with self._stopped_by_errors():
+            if self._gripper_command is not None:
+                self.arm.gripper(self._gripper_command)
+            self._stand_still()
 
     # -- a reset ------------------------------------------------------------------------------------
 
@@ -218,7 +233,8 @@ class FrankaEnv(gymnasium.Env):
         """Bring the arm to where episodes start.
 
         options: task_id (int: which of reset_y_offsets_m), joint_reset (bool: now, whatever the cycle says).
-        Raises ArmError if the arm does not get there.
+        Raises ArmError if the arm does not get there, UserError where a real one stands so far from the
+        safety box that nobody knows what is in between.
         """
         super().reset(seed=seed)
         options = options or {}
@@ -232,6 +248,7 @@ class FrankaEnv(gymnasium.Env):
                 self.new_scene(int(self.np_random.integers(2**31)))
                 self._gripper_command = None
             self._stand_still()
+            self._check_place()
             if self.task.reset_gripper is not None:
                 self._set_gripper(self.task.reset_gripper == "open")
             self._rise()
@@ -264,6 +281,15 @@ class FrankaEnv(gymnasium.Env):
         if self._gripper_command is None and self._state.gripper > WIDE_OPEN_M:
             self._gripper_command = True
         self.rate.restart()
+
+    def _check_place(self) -> None:
+        xyz = self._state.pose[:3]
+        away_m = np.linalg.norm(xyz - np.clip(xyz, self.box.low[:3], self.box.high[:3]))
+        if away_m > OUTSIDE_M and not self.arm.simulated and not self.task.reset_from_outside:
+            raise UserError(
+                f"the arm stands {away_m:.2f} m outside the safety box, at xyz {xyz.round(3).tolist()}: "
+                "bring it there by hand, or set override_cfg.reset_from_outside=true and it drives straight"
+            )
 
     def _draw_start(self, task_id: int) -> np.ndarray:
         """(7,): the reset pose with the sub-task's offset and a random shift and yaw."""

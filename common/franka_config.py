@@ -52,6 +52,7 @@ class FrankaTaskConfig:
     random_xy_range_m: float = 0.0
     random_rz_range_rad: float = 0.0
     reset_gripper: Literal["open", "close"] | None = None  # before anything else moves
+    reset_from_outside: bool = False  # drive a real arm into the safety box from wherever it stands
     reset_rise_m: float = 0.0  # straight up, before the way to the start
     reset_move_s: float = 1.5  # that the way takes at least
     reset_speed_m_s: float = 0.25  # at most, the way takes longer then
@@ -142,6 +143,13 @@ class FrankaConfig:
         if self.main_image_key not in (None, *self.all_cameras):
             names = ", ".join(self.all_cameras) or "none"
             raise ValueError(f"main_image_key '{self.main_image_key}' names no camera; there is {names}")
+        draws = isinstance(self.arm, ManiSkillArmConfig) and self.arm.cameras is not None
+        for name, camera in self.all_cameras.items():
+            if camera.backend == "maniskill" and not draws:
+                raise ValueError(
+                    f"cameras.{name}: backend maniskill shows a simulated arm with arm.cameras, and "
+                    f"arm.backend is {self.arm.backend}: choose realsense or opencv"
+                )
 
     @property
     def all_cameras(self) -> dict[str, RealCameraConfig]:

@@ -106,14 +106,14 @@ class ToyCamera:
     error: what reading raises, once it is set.
     """
 
-    def __init__(self, first: int = 0, size: tuple[int, int] = (128, 128)):
-        self.value, self.size = first, size
+    def __init__(self, first: int = 0):
+        self.value = first
         self.error: BaseException | None = None
 
     def read_latest(self, max_age_s: float) -> tuple[np.ndarray, float]:
         if self.error is not None:
             raise self.error
-        image = np.full((*self.size, 3), self.value, np.uint8)
+        image = np.full((128, 128, 3), self.value, np.uint8)
         self.value = (self.value + 1) % 256
         return image, time.monotonic()
 

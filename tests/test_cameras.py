@@ -52,7 +52,12 @@ def camera_config(**settings) -> RealCameraConfig:
         "warm_up_s": 0.0,
         "reopen_every_s": 0.01,
     }
-    return RealCameraConfig(**given | {"image_size": 6} | settings)
+    return RealCameraConfig(**given | settings)
+
+
+@pytest.fixture(autouse=True)
+def small_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cameras, "FRAME_SIZE", 6)
 
 
 class FakeSource:
@@ -469,13 +474,11 @@ class FakeArm:
 
 def test_an_arms_camera_draws_when_asked():
     arm = FakeArm()
-    camera = make_camera(
-        "side", camera_config(backend="maniskill", serial="extra_view_images", image_size=8), arm
-    )
+    camera = make_camera("side", camera_config(backend="maniskill", serial="extra_view_images"), arm)
     assert arm.drawn == []
     before_s = time.monotonic()
     rgb, time_s = camera.read_latest(0.0)
-    assert np.array_equal(rgb, picture(1, 8, 8))
+    assert np.array_equal(rgb, picture(1, 6, 6))
     assert before_s <= time_s <= time.monotonic()
     assert camera.read_latest(0.0)[0][0, 0, 0] == 2
     assert re.fullmatch(

@@ -109,7 +109,7 @@ def test_a_late_step_starts_a_new_count():
 
 
 def test_spaces_hold_what_comes_out():
-    env = make_env(cameras={"front": ToyCamera(7), "wrist_1": ToyCamera(50, size=(48, 64))})
+    env = make_env(cameras={"front": ToyCamera(7), "wrist_1": ToyCamera(50)})
     obs, info = env.reset(seed=0)
     assert env.observation_space.contains(obs)
     assert info == {"in_zone": False, "hold_steps": 0, "success": False}
@@ -326,16 +326,16 @@ def test_a_gripper_that_nobody_has_commanded_yet(opening_m, command, acts):
     assert ("open" in env.arm.calls or "close" in env.arm.calls) == acts
 
 
-def test_a_simulated_arm_is_stepped_while_the_fingers_move():
+def test_a_step_that_waits_for_the_fingers_moves_nothing_else():
+    """Regression: it sent axes that were 0.6 s old by then; the simulated arm is stepped meanwhile."""
     env = at(make_env(), 0.5, 0, 0.15, -3.14, 0, 0)
     last = env.arm.moves[-1]
     env.arm.calls.clear(), env.arm.moves.clear()
     start_s = env.now()
-    env.step(action(z=1.0, gripper=-1.0))
+    env.step(action(z=1.0, yaw=1.0, gripper=-1.0))
     assert env.arm.calls == ["close"] + ["move"] * 7
-    for pose in env.arm.moves[:6]:
-        assert_same_pose(pose, last)
-    np.testing.assert_allclose(env.arm.moves[6][2], 0.17, atol=1e-12)
+    for pose in env.arm.moves:
+        assert_same_pose(pose, last, atol=1e-9)
     assert env.now() - start_s == pytest.approx(0.7)
 
 
@@ -344,17 +344,18 @@ def test_a_real_arm_waits_for_the_fingers():
     env = make_env(ToyArm(quat_pose(*TARGET), simulated=False), clock=clock)
     env.reset(seed=0)
     env.arm.calls.clear(), clock.slept.clear()
-    info = env.step(action(gripper=-1.0))[4]
+    info = env.step(action(x=1.0, gripper=-1.0))[4]
     assert env.arm.calls == ["close", "move"]
+    np.testing.assert_allclose(env.arm.moves[-1], env.arm.moves[-2], atol=1e-9)
     assert clock.slept == pytest.approx([0.6, 0.1])
     assert info["late_s"] == 0.0
 
 
-def test_the_target_of_a_gripper_step_starts_from_where_the_arm_has_got_to():
+def test_a_gripper_step_stays_where_the_arm_has_got_to():
     env = at(make_env(ToyArm(quat_pose(*TARGET), follow=0.5)), 0.5, 0, 0.15, -3.14, 0, 0)
     env.step(action(x=1.0))  # commanded 0.52, measured 0.51
     env.step(action(x=1.0, gripper=-1.0))  # which goes on to 0.52 while the fingers close
-    np.testing.assert_allclose(env.arm.moves[-1][0], 0.54, atol=2e-4)
+    np.testing.assert_allclose(env.arm.moves[-1][0], 0.52, atol=2e-4)
 
 
 def test_a_gripper_step_that_completes_the_hold_ends_the_episode():
@@ -418,6 +419,21 @@ def test_reset_moves_stay_in_the_box():
     outside.reset(seed=0)
     beyond = [np.clip(pose[:3], low[:3], high[:3]) - pose[:3] for pose in outside.arm.moves]
     assert (np.diff(np.abs(beyond), axis=0) <= 1e-12).all()
+
+
+def real_env(height_m: float, **task) -> FrankaEnv:
+    """An env whose arm is no simulation and stands so far above the safety box."""
+    return make_env(ToyArm(quat_pose(0.5, 0, 0.2 + height_m, -3.14, 0, 0), simulated=False), **task)
+
+
+def test_a_real_arm_is_not_driven_from_far_outside_the_box():
+    """Regression: a reset drove it straight to the start, through whatever was in between."""
+    env = real_env(0.3)
+    with pytest.raises(UserError, match=r"stands 0\.30 m outside the safety box, at xyz \[0\.5, .*by hand"):
+        env.reset(seed=0, options={"joint_reset": True})
+    assert env.arm.calls == ["stop"]
+    real_env(0.049).reset(seed=0)
+    real_env(0.3, reset_from_outside=True).reset(seed=0)
 
 
 def test_long_ways_are_not_faster():
@@ -558,6 +574,31 @@ def test_an_arm_that_is_lost_again_and_again_is_not_recovered_for_ever():
     assert env.arm.calls.count("recover") == 2
 
 
+def test_fingers_that_an_error_has_stopped_are_commanded_anew():
+    camera = ToyCamera()
+    env = make_env(cameras={"front": camera}, reset_gripper="close")
+    env.reset(seed=0)
+    camera.error = CameraError("stalled")
+    with pytest.raises(CameraError):
+        env.step(STILL)
+    camera.error = None
+    env.arm.calls.clear()
+    env.reset()
+    assert env.arm.calls[0] == "close"
+
+
+def test_a_pause_stops_the_arm_and_going_on_starts_from_where_it_is():
+    env = at(make_env(), 0.5, 0, 0.15, -3.14, 0, 0)
+    env.step(action(gripper=-1.0))
+    env.arm.calls.clear()
+    env.pause()
+    env.arm.pose[:3] = [0.52, 0.01, 0.14]
+    env.go_on()
+    env.step(action(x=1.0))
+    assert env.arm.calls == ["stop", "close", "move"]  # the fingers, too, go on with what they were told
+    np.testing.assert_allclose(env.arm.moves[-1][:3], [0.54, 0.01, 0.14], atol=1e-9)
+
+
 @pytest.mark.parametrize("error", [CameraError("camera front has given no picture"), KeyboardInterrupt()])
 def test_a_stalled_camera_or_ctrl_c_stops_the_arm(error):
     camera = ToyCamera()
@@ -685,3 +726,7 @@ def test_env_settings_check_themselves():
         FrankaConfig(task_config(), max_episode_steps=0)
     with pytest.raises(ValueError, match="main_image_key 'front' names no camera; there is main_images"):
         FrankaConfig(task_config(), main_image_key="front")
+    drawn = {"front": RealCameraConfig(backend="maniskill", serial="main_images")}
+    for arm in (SerlHttpArmConfig(), ManiSkillArmConfig(cameras=None)):
+        with pytest.raises(ValueError, match=r"cameras\.front: backend maniskill shows a simulated arm with"):
+            FrankaConfig(task_config(), arm=arm, cameras=drawn)
