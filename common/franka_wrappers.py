@@ -54,8 +54,9 @@ class SpacemouseIntervention(gymnasium.Wrapper):
     button, 0.5 s from when the fingers are done).
 
     The left button closes the gripper and the right one opens it (left wins). The command is repeated as long
-    as the operator has the arm; who takes over begins with the gripper as it is, so that nothing is dropped
-    that the policy holds. Under `GripperClose` the buttons take the arm over and move nothing.
+    as the operator has the arm; who takes over begins with the gripper as it is (0 where nobody has commanded
+    it yet), so that nothing is dropped that the policy holds. Under `GripperClose` the buttons take the arm
+    over and move nothing.
     A stale mouse (unplugged, say) moves nothing, at once and until it is back: no policy drives an arm
     that nobody can stop.
 
@@ -84,7 +85,8 @@ class SpacemouseIntervention(gymnasium.Wrapper):
         elif not replaced:
             self._gripper_action = None
         elif self._gripper_action is None:
-            self._gripper_action = self._draw(self.unwrapped.gripper_open)
+            opened = self.unwrapped.gripper_open
+            self._gripper_action = 0.0 if opened is None else self._draw(opened)
         if replaced:
             action = np.append(reading.axes, self._gripper_action)[: self.action_space.shape[0]]
             action = action.astype(np.float32)
@@ -202,8 +204,6 @@ class RewardModelSuccess(RewardModelVerdict):
         require_in_zone: bool = False,
     ):
         super().__init__(env, judge, threshold)
-        if not 1 <= hold_k <= hold_n:
-            raise ValueError(f"hold_k of hold_n steps needs 1 <= hold_k <= hold_n, got {hold_k} of {hold_n}")
         self.require_in_zone, self.hold_k = require_in_zone, hold_k
         self._held = deque(maxlen=hold_n)
 

@@ -44,7 +44,10 @@ class RewardConfig:
     reward_threshold: float | Literal["auto"] = "auto"  # auto: the one stored with the model
     reward_weight: float = 1.0
     env_reward_weight: float = 0.0
-    standalone_realworld: bool = False  # at an arm: the verdict pays and ends episodes inside the env
+    standalone_realworld: bool = False  # at an arm: the verdict pays and ends episodes inside the env ...
+    hold_k: int = 1  # ... once so many verdicts of success ...
+    hold_n: int = 1  # ... have come in so many steps ...
+    require_in_zone: bool = False  # ... with the gripper at the target pose
     use_reward_prob: bool = False  # teleop_eval.py: show the probability beside the verdict
     history_reward_assign: bool = False  # pay a window's reward to each of its steps, not to the last alone
     verdict_every: int = 1  # env steps of SAC between two asks of the model: larger batches, later verdicts
@@ -61,6 +64,7 @@ class RewardConfig:
             raise ValueError(f"verdict_every must be at least 1, got {self.verdict_every}")
         if self.api is not None and not isinstance(self.model, VLMConfig):
             raise ValueError(f"reward.api serves vlm and history_vlm, not {self.model.model_type}")
+        self._check_hold()
         self._check_placement()
         elsewhere = self.is_oracle or self.linked or self.api is not None
         if self.use_reward_model and not self.model_files and not elsewhere:
@@ -73,6 +77,14 @@ class RewardConfig:
             )
         if self.history_reward_assign and not self.of_windows:
             raise ValueError("history_reward_assign is for reward_mode history_buffer; frames have no past")
+
+    def _check_hold(self) -> None:
+        if not 1 <= self.hold_k <= self.hold_n:
+            raise ValueError(
+                f"hold_k of hold_n steps needs 1 <= hold_k <= hold_n, got {self.hold_k} of {self.hold_n}"
+            )
+        if (self.hold_n > 1 or self.require_in_zone) and not self.standalone_realworld:
+            raise ValueError("hold_k, hold_n and require_in_zone go with standalone_realworld: true")
 
     def _check_placement(self) -> None:
         if self.placement in ("auto", "inline", "worker"):

@@ -5,7 +5,9 @@ who asks for them. Of its cameras the main one gives `main_images` and the next 
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import gymnasium
@@ -13,12 +15,19 @@ import numpy as np
 import torch
 
 from common.arms import ManiSkillArmConfig
+from common.cameras import FRAME_SIZE
+from common.device_thread import say
 from common.envs import EnvSpec, Render, Step
 from common.files import to_json
-from common.franka import FRAME_SIZE, state_vector
+from common.franka import state_vector
 from common.franka_config import FrankaConfig
+from common.franka_wrappers import RewardModelSuccess
+from common.reward_client import RewardClient, RewardConfig
 from common.reward_link import LiveJudge
+from common.runtime import UserError
 from common.scenes import VIEWS
+
+SILENT_S = 5.0  # so long without any verdict is said
 
 
 def view_cameras(cfg: FrankaConfig) -> dict[str, str]:
@@ -47,25 +56,76 @@ def render_facts(cfg: FrankaConfig) -> dict[str, Any]:
     return json.loads(to_json(facts))  # as a reward model's file gives it back: lists for tuples
 
 
+def need_camera(cfg: FrankaConfig, why: str) -> None:
+    """UserError where there is none."""
+    if cfg.main_camera is None:
+        raise UserError(f"{why}, and there is no camera: name some in override_cfg.camera_serials or cameras")
+
+
+def check_pictures(client: RewardClient, spec: EnvSpec) -> None:
+    """UserError where the reward model knows other pictures, or looks at a camera that is not there."""
+    if missing := [view for view in client.views if view not in spec.frame_shape]:
+        raise UserError(f"the reward model looks at {missing[0]}, and the arm's env has no camera for it")
+    client.check_envs(spec)
+
+
 class Asker:
     """Shows the frames of each step to the judge -> success_prob.
 
-    Waits for half a period at most: the arm waits for no model. Where time stands still meanwhile, in a
-    simulation that keeps no clock, as long as the judge allows.
+    Waits for half a period at most: a person's arm waits for no model. As long as the judge allows where the
+    verdict is worth it (learns: nothing is learned without any), and where time stands still meanwhile, in a
+    simulation that keeps no clock. 5 s of steps without any verdict are told once; with `learns` they are a
+    UserError.
     """
 
-    def __init__(self, judge: LiveJudge, cfg: FrankaConfig):
-        self.judge, self.cfg = judge, cfg
+    def __init__(
+        self, judge: LiveJudge, cfg: FrankaConfig, learns: bool = False, notice: Callable[[str], None] = say
+    ):
+        self.judge, self.cfg, self.learns, self.notice = judge, cfg, learns, notice
+        self.num_asked = self.num_silent = 0  # steps; those since the last verdict
+        self._told = False
         stands_still = isinstance(cfg.arm, ManiSkillArmConfig) and not cfg.override_cfg.realtime
-        self.wait_s = judge.timeout_s if stands_still else 0.5 / cfg.override_cfg.step_hz
-        self.num_asked = 0
+        half_s = 0.5 / cfg.override_cfg.step_hz
+        self.wait_s = judge.timeout_s if learns or stands_still else half_s
 
     def __call__(self, frames: dict[str, np.ndarray]) -> float | None:
         """frames: camera -> (H, W, 3) uint8. None: the verdict is late."""
         self.num_asked += 1
         self.judge.ask(view_frames(self.cfg, frames), self.num_asked)
         verdict = self.judge.wait(self.wait_s)
-        return None if verdict is None else verdict.success_prob
+        if verdict is not None:
+            self.num_silent = 0
+            return verdict.success_prob
+        self.num_silent += 1
+        if self.num_silent >= SILENT_S * self.cfg.override_cfg.step_hz:
+            self._complain()
+        return None
+
+    def _complain(self) -> None:
+        text = (
+            f"no verdict for {self.num_silent} steps: the reward model needs more than the {self.wait_s:g} s "
+            "it is given for a frame, or its server is away; take a smaller model or a GPU, lower "
+            "override_cfg.step_hz"
+        )
+        if self.learns:
+            raise UserError(f"{text}, or raise reward.link.live_timeout_s")
+        if not self._told:
+            self._told = True
+            self.notice(text)
+
+
+def rewarded_by(
+    judge: LiveJudge, cfg: FrankaConfig, reward: RewardConfig, learns: bool = False
+) -> Callable[[gymnasium.Env], gymnasium.Env]:
+    """The wrapper with which the judge pays and ends episodes (`reward.standalone_realworld`)."""
+    return partial(
+        RewardModelSuccess,
+        judge=Asker(judge, cfg, learns),
+        threshold=judge.client.threshold,
+        hold_k=reward.hold_k,
+        hold_n=reward.hold_n,
+        require_in_zone=reward.require_in_zone,
+    )
 
 
 class RobotEnvs:
@@ -73,8 +133,7 @@ class RobotEnvs:
 
     The state is `state_vector`. `Step.action` is what was executed: the operator may have taken over.
     `Step.success` is the truth that is known (the target pose, or the operator's key); a reward model's
-    verdict inside the env is `info["learned_success"]`. An ArmError or CameraError ends the run; the arm has
-    stopped.
+    verdict inside the env is `info["learned_success"]`. Errors of the env are raised on, the arm has stopped.
     """
 
     num_envs = 1
@@ -132,7 +191,8 @@ class RobotEnvs:
         truth = info.get("true_success", info["success"])
         said = {"success": truth, "in_zone": info["in_zone"], "learned_success": info["success"]}
         after = self.reset(None) if done else next_obs
-        reset_frames = self._shown(done and render == Render.RECORD)
+        begins = done and render == Render.RECORD
+        reset_frames = self._shown(begins)
         return Step(
             obs=after,
             next_obs=next_obs,
@@ -143,7 +203,7 @@ class RobotEnvs:
             frames=frames,
             frame_ids=torch.arange(int(bool(frames))),
             reset_frames=reset_frames,
-            reset_ids=torch.arange(int(bool(reset_frames))),
+            reset_ids=torch.arange(int(begins)),
             action=action.float().cpu(),
         )
 

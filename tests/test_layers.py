@@ -140,7 +140,7 @@ WITHIN_LEVEL = {
     "wire": {"link"},
     "link_keys": {"link"},
     "reward_models": {"reward_client", "reward_link"},
-    "reward_client": {"judging", "reward_server", "reward_link"},
+    "reward_client": {"judging", "reward_server", "reward_link", "robot_envs"},
     "reward_server": {"reward_link"},
     "scenes": {"envs", "wrappers", "pixels", "maniskill_arm", "franka_config"},
     "envs": {"wrappers", "pixels"},

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from common.arms import ManiSkillArmConfig
+from common.arms import ManiSkillArmConfig, SerlHttpArmConfig
 from common.cameras import RealCameraConfig
 from common.devices import MouseReading, ScriptedMouse
 from common.envs import Render
@@ -14,7 +14,9 @@ from common.episodes import EpisodeWriter, list_episodes, read_episode
 from common.franka import FrankaEnv
 from common.franka_config import FrankaConfig, FrankaTaskConfig
 from common.franka_wrappers import RewardModelSuccess, wrap_franka
-from common.robot_envs import RobotEnvs, render_facts, view_cameras
+from common.reward_link import LiveVerdict
+from common.robot_envs import Asker, RobotEnvs, check_pictures, need_camera, render_facts, view_cameras
+from common.runtime import UserError
 from common.scenes import DataCollectionConfig
 from common.wrappers import EpisodeRecorder
 from tests.real_doubles import ToyArm, ToyCamera
@@ -105,6 +107,82 @@ def test_a_verdict_inside_the_env_stays_apart_from_the_truth():
     assert [bool(s.terminated) for s in steps] == [False, False, True]
     assert float(steps[2].env_reward) == 1.0
     assert bool(steps[2].info["learned_success"]) and not bool(steps[2].success)
+
+
+def test_an_arm_without_cameras_is_recorded_too(tmp_path):
+    """Regression: a KeyError at the end of its first episode."""
+    envs = make(seen=(), cameras={}, arm=SerlHttpArmConfig())
+    with EpisodeWriter(tmp_path) as writer:
+        recorder = EpisodeRecorder(envs, DataCollectionConfig(enabled=True), writer)
+        recorder.reset(seed=0)
+        for _ in range(9):
+            recorder.step(torch.zeros(1, 6))
+    (path,) = list_episodes(tmp_path)
+    episode = read_episode(path, views=())
+    assert episode.length == 8 and episode.states.shape == (9, 19)
+
+
+def test_a_camera_that_is_not_there_is_an_error_of_the_user():
+    cfg = make(seen=(), cameras={}, arm=SerlHttpArmConfig()).cfg
+    with pytest.raises(UserError, match="frames are labelled, and there is no camera: name some"):
+        need_camera(cfg, "frames are labelled")
+    need_camera(make().cfg, "frames are labelled")
+
+
+def test_a_model_that_looks_at_another_camera_is_refused():
+    class Client:
+        views = ("main_images", "extra_view_images")
+
+        def check_envs(self, spec):
+            raise AssertionError("too late")
+
+    with pytest.raises(UserError, match="looks at extra_view_images, and the arm's env has no camera for it"):
+        check_pictures(Client(), make().spec)
+
+
+class ToyJudge:
+    """Gives these answers one after the other, then none; keeps how long it was waited for."""
+
+    timeout_s = 0.2
+
+    def __init__(self, *probs: float | None):
+        self.probs, self.waited_s = list(probs), []
+
+    def ask(self, frames, step: int) -> None:
+        self.step = step
+
+    def wait(self, timeout_s: float) -> LiveVerdict | None:
+        self.waited_s.append(timeout_s)
+        prob = self.probs.pop(0) if self.probs else None
+        return None if prob is None else LiveVerdict(self.step, prob)
+
+
+REAL = FrankaConfig(FrankaTaskConfig(target_ee_pose=TARGET), arm=SerlHttpArmConfig())  # 10 Hz, no cameras
+
+
+def test_rl_waits_for_a_verdict_as_long_as_the_judge_allows_and_a_driver_half_a_period():
+    """Regression: a model slower than half a period never gave RL a verdict."""
+    judge = ToyJudge()
+    Asker(judge, REAL)({}), Asker(judge, REAL, learns=True)({})
+    assert judge.waited_s == [0.05, 0.2]
+
+
+def test_five_seconds_without_a_verdict_end_rl():
+    ask = Asker(ToyJudge(*[None] * 40, 0.7), REAL, learns=True)
+    assert [ask({}) for _ in range(41)] == [None] * 40 + [0.7]
+    for _ in range(49):
+        assert ask({}) is None
+    with pytest.raises(UserError, match=r"no verdict for 50 steps: .* raise reward.link.live_timeout_s"):
+        ask({})
+
+
+def test_five_seconds_without_a_verdict_are_told_a_driver_once():
+    told = []
+    ask = Asker(ToyJudge(), REAL, notice=told.append)
+    for _ in range(200):
+        assert ask({}) is None
+    (text,) = told
+    assert text.startswith("no verdict for 50 steps: the reward model needs more than the 0.05 s")
 
 
 def test_the_last_frames_can_be_asked_for():
