@@ -37,10 +37,10 @@ from common.labelling import FrameFacts, FrameStore, progress_line, write_payloa
 from common.log import LoggerConfig
 from common.policy_mix import CheckpointPolicy, Mix, RandomPolicy, ScriptedPolicy
 from common.rerender import render_episodes
-from common.robot_envs import RobotEnvs, render_facts
+from common.robot_envs import RobotEnvs, need_camera, render_facts
 from common.runtime import UserError, run_script, seed_everything, set_threads
 from common.scenes import VIEWS, EnvConfig
-from common.session import KEYS_HELP, UNDO, SessionLog, StatusLine, open_session
+from common.session import KEYS_HELP, LABEL_KEYS, UNDO, SessionLog, StatusLine, open_session
 from common.wrappers import EpisodeRecorder
 
 NAMES = {1: "success", 0: "fail"}
@@ -188,37 +188,18 @@ def collect(cfg: Config, run_dir: Path, folder: Path) -> dict:
 def label_frames(cfg: Config, run_dir: Path) -> dict:
     """The operator drives, and keys label what the main camera sees. -> for summary.json."""
     runner, env = cfg.runner, cfg.env.eval
+    need_camera(env, "what is labelled are pictures")
     facts = FrameFacts(env.task, render_facts(env), task_description=env.description)
-    wanted = {1: runner.num_success_frames, 0: runner.num_fail_frames}
     with (
         FrameStore(run_dir, facts) as store,
         closing(StatusLine()) as line,
         SessionLog(run_dir / "run_collect_process.log", line) as log,
-        open_session(env, cfg.devices, line, seed=runner.seed) as session,
     ):
         config.save(cfg, run_dir / "config.yaml")
         log.say(f"{KEYS_HELP}; {run_dir} holds {store.num_success} success and {store.num_fail} fail frames")
-        num_steps = 0
-
-        def have() -> dict[int, int]:
-            return {1: store.num_success, 0: store.num_fail}
-
-        for moment in session.moments(runner.seed + store.num_success + store.num_fail):
-            num_steps += 1
-            if UNDO in moment.keys:
-                undone = store.undo()
-                log.say("nothing to undo" if undone is None else f"took back the last {NAMES[undone]} frame")
-            if moment.label is not None and have()[moment.label] < wanted[moment.label]:
-                store.add(moment.frames["main_images"], moment.label, moment.episode, moment.step)
-            if moment.done:
-                log.write(
-                    f"episode {moment.episode} ended after {moment.step} steps, reward {moment.reward:g}"
-                )
-            line.show(progress_line(store.num_success, wanted[1], store.num_fail, wanted[0], line.width))
-            if have() == wanted:
-                break
+        num_steps = 0 if is_full(store, runner) else label_until_full(cfg, store, line, log)
         log.say(f"labelled: {store.num_success} success, {store.num_fail} fail, in {num_steps} steps")
-        counts = have()
+        counts = {"num_success_frames": store.num_success, "num_fail_frames": store.num_fail}
     metadata = write_payloads(
         [run_dir], run_dir, runner.val_split, runner.fail_success_ratio, runner.random_seed
     )
@@ -226,7 +207,39 @@ def label_frames(cfg: Config, run_dir: Path) -> dict:
         f"{run_dir}/train.pt: {metadata['num_train_samples']} frames, val.pt: {metadata['num_val_samples']}; "
         "next: train_resnet.py"
     )
-    return {"num_success_frames": counts[1], "num_fail_frames": counts[0], "env_steps": num_steps}
+    return {**counts, "env_steps": num_steps}
+
+
+def is_full(store: FrameStore, runner: RunnerConfig, label: int | None = None) -> bool:
+    """Whether there are enough frames of that label; None: of both."""
+    full = {1: store.num_success >= runner.num_success_frames, 0: store.num_fail >= runner.num_fail_frames}
+    return all(full.values()) if label is None else full[label]
+
+
+def label_until_full(cfg: Config, store: FrameStore, line: StatusLine, log: SessionLog) -> int:
+    """-> the number of steps."""
+    runner, num_steps = cfg.runner, 0
+    with open_session(cfg.env.eval, cfg.devices, line, seed=runner.seed) as session:
+        for moment in session.moments(runner.seed + store.num_success + store.num_fail):
+            num_steps += 1
+            label = None
+            for key in moment.keys:
+                if key == UNDO and label is None:
+                    what = NAMES.get(store.undo())
+                    log.say("nothing to undo" if what is None else f"took back the last {what} frame")
+                else:  # a frame has one label, the last one that stands
+                    label = None if key == UNDO else LABEL_KEYS.get(key, label)
+            if label is not None and not is_full(store, runner, label):
+                store.add(moment.frames["main_images"], label, moment.episode, moment.step)
+            if moment.done:
+                log.write(
+                    f"episode {moment.episode} ended after {moment.step} steps, reward {moment.reward:g}"
+                )
+            targets = runner.num_success_frames, runner.num_fail_frames
+            line.show(progress_line(store.num_success, targets[0], store.num_fail, targets[1], line.width))
+            if is_full(store, runner):
+                break
+    return num_steps
 
 
 def record_operator(cfg: Config, run_dir: Path, folder: Path) -> dict:
@@ -237,20 +250,22 @@ def record_operator(cfg: Config, run_dir: Path, folder: Path) -> dict:
         open_session(env, cfg.devices, line, seed=runner.seed) as session,
         EpisodeWriter(folder) as writer,
     ):
-        envs = RobotEnvs(session.env, env)
+        envs = RobotEnvs(session, env)
         before, successes_before = episodes_present(folder, envs.spec)
         config.save(cfg, run_dir / "config.yaml")
         line.say(f"{KEYS_HELP.partition('u undo, ')[2]}; {folder} holds {before} episodes")
         recorder = EpisodeRecorder(envs, env.data_collection, writer)
-        line.show("the arm goes to its start")
-        recorder.reset(runner.seed + before)
         idle = torch.zeros(1, envs.spec.action_dim)
-        while not enough(runner, before + recorder.num_episodes, successes_before + recorder.num_successes):
+
+        def is_done() -> bool:
+            count = before + recorder.num_episodes, successes_before + recorder.num_successes
+            return session.finished or enough(runner, *count)
+
+        if not is_done():
+            line.show("the arm goes to its start")
+            recorder.reset(runner.seed + before)
+        while not is_done():
             step = recorder.step(idle)
-            keys = envs.last_info["keys"] if "keys" in envs.last_info else session.keyboard.read()
-            session.attend(keys)
-            if session.finished:
-                break
             hold = f"in the zone for {envs.last_info['hold_steps']} steps" if step.info["in_zone"] else ""
             line.show(
                 f"episode {before + recorder.num_episodes}, {successes_before + recorder.num_successes} "

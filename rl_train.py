@@ -8,7 +8,7 @@ In: a task (`env.train`, `env.eval`), a learner (`algorithm`, `actor`), who pays
 `checkpoints/last`, `summary.json`, `curves.png`, `scores.png`, `eval.mp4`.
 
 The best checkpoint is chosen by *learned* success; true success is measured, logged and never used. Ctrl-C
-(at an arm `q` too, and an arm or camera that is lost) saves `checkpoints/last`;
+(at an arm `q` and SIGTERM too, and an arm, camera or mouse that is lost) saves `checkpoints/last`;
 `runner.resume_dir=RUN_FOLDER/checkpoints/last` goes on from there in a new folder.
 """
 
@@ -22,9 +22,7 @@ from tqdm import trange
 
 from common import config
 from common.agents import agent_meta, build_agent
-from common.arms import ArmError
 from common.async_rollout import AsyncRollout, RolloutConfig
-from common.cameras import CameraError
 from common.devices import DevicesConfig
 from common.experience import EpisodeStats, Replay, Rollout, prior_buffer
 from common.files import gone_if_refused, new_run_dir, save_json
@@ -33,6 +31,7 @@ from common.judging import distance_of, make_audit, make_watch, pay
 from common.log import RunLog
 from common.nets import ActorModelConfig, OptimConfig
 from common.ppo import PPO, PPOConfig
+from common.processes import WorkerError
 from common.reward_client import RewardClient, RewardConfig
 from common.rewards import add_bootstrap, combine_reward
 from common.run import Run, RunnerConfig
@@ -362,7 +361,7 @@ def learn(cfg: Config, run: Run, agent: PPO | SAC, client: RewardClient | None, 
         run.save("last")
         if run.merit is None:
             run.evaluate()
-    except (KeyboardInterrupt, ArmError, CameraError):
+    except (KeyboardInterrupt, SystemExit, UserError, WorkerError):  # of ArmError and SIGTERM too
         run.save("last")
         print(f"\nstopped at step {run.step}; go on with runner.resume_dir={run.folder}/checkpoints/last")
         raise

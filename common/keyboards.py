@@ -37,7 +37,7 @@ class KeyboardConfig:
     device: str | None = (
         None  # evdev: /dev/input/event* or /dev/input/by-id/*; null: the only keyboard there is
     )
-    keys: list[str] | None = None  # scripted: the keys of each step, "" for none
+    keys: list[str] | None = None  # scripted: the keys of each reset and each step, "" for none
 
     def __post_init__(self):
         if (self.backend == "scripted") != (self.keys is not None):

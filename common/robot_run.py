@@ -4,27 +4,25 @@
         Rollout(robot.training, ...); evaluate(robot.evaluation, ...)
 
 Both are the same arm: who goes over from one to the other begins with a `reset`. The operator may take over
-at any time; what is stored is the action that was executed. Keys: space pause, `q` or Ctrl-C end the run.
+at any time; what is stored is the action that was executed. Keys: space pause, `q` or Ctrl-C end the run. An
+arm that is lost is recovered by space (`common.session`): its episode is cut, and learning goes on.
 """
 
 import contextlib
 from collections.abc import Iterator
-from functools import partial
 from typing import NamedTuple
 
-import gymnasium
 import numpy as np
 import torch
 
-from common.devices import DevicesConfig, hid_reports, make_keyboard, make_mouse
+from common.devices import DevicesConfig, hid_reports
 from common.envs import Step
 from common.franka_config import FrankaConfig
-from common.franka_wrappers import RewardModelSuccess, open_franka
 from common.reward_client import RewardClient, RewardConfig, make_reward_client
 from common.reward_link import make_judge
-from common.robot_envs import Asker, RobotEnvs
+from common.robot_envs import RobotEnvs, check_pictures, rewarded_by
 from common.scripted_operator import ScriptedOperator
-from common.session import Session, StatusLine
+from common.session import Session, StatusLine, open_session
 
 HELPS_IN = 0.5  # share of the training episodes in which the scripted operator takes over
 HELPS_WITHIN = 0.5  # share of an episode within which it does
@@ -54,17 +52,15 @@ class HelpingOperator(ScriptedOperator):
 
 
 class OperatedEnvs(RobotEnvs):
-    """An arm as envs, with an operator beside it: keys are heeded, the status line tells who drives.
+    """A session as envs; its status line tells who drives.
 
     Where a reward model inside pays, `Step.info` has success_prob too (nan: late), which tells the loops that
     nobody else is to judge (`common.judging.judged_inside`). hands_off: the policy is to be measured.
     KeyboardInterrupt at `q`.
     """
 
-    def __init__(
-        self, env: gymnasium.Env, cfg: FrankaConfig, session: Session, hands_off: bool, judged: bool
-    ):
-        super().__init__(env, cfg)
+    def __init__(self, session: Session, hands_off: bool, judged: bool):
+        super().__init__(session, session.cfg)
         self.session, self.hands_off, self.judged = session, hands_off, judged
         self.name = "evaluation, hands off" if hands_off else "training"
         self.num_episodes = 0
@@ -72,11 +68,14 @@ class OperatedEnvs(RobotEnvs):
             self.spec.info_types["success_prob"] = torch.float32
 
     def reset(self, seed: int | None) -> torch.Tensor:
+        self._end_at_q()
         self.num_episodes += 1
         self.session.line.show(f"{self.name}: the arm goes to its start")
         if isinstance(self.session.keyboard, HelpingOperator):
             self.session.keyboard.begin_episode(self.hands_off)
-        return super().reset(seed)
+        obs = super().reset(seed)
+        self._end_at_q()
+        return obs
 
     def step_wait(self) -> Step:
         step = super().step_wait()
@@ -84,14 +83,18 @@ class OperatedEnvs(RobotEnvs):
         driver = "the operator" if info.get("intervene_flag") else "the policy"
         shown = ""
         if self.judged:
-            prob = info["success_prob"]
+            prob = info.get("success_prob")
             step.info["success_prob"] = torch.tensor([np.nan if prob is None else prob], dtype=torch.float32)
             shown = f" | prob {'--' if prob is None else format(prob, '.2f')}"
+        if late_s := info.get("late_s"):
+            shown += f" | {late_s:.2f} s late"
         self.session.line.show(f"{self.name}, episode {self.num_episodes} | {driver} drives{shown}")
-        self.session.attend(info["keys"] if "keys" in info else self.session.keyboard.read())
+        self._end_at_q()
+        return step
+
+    def _end_at_q(self) -> None:
         if self.session.finished:
             raise KeyboardInterrupt
-        return step
 
 
 class Robot(NamedTuple):
@@ -111,24 +114,11 @@ def open_robot(cfg: FrankaConfig, devices: DevicesConfig, reward: RewardConfig, 
         client, verdict = None, None
         if reward.standalone_realworld:
             judge = stack.enter_context(make_judge(reward))
-            client = judge.client
-            verdict = partial(RewardModelSuccess, judge=Asker(judge, cfg), threshold=client.threshold)
+            client, verdict = judge.client, rewarded_by(judge, cfg, reward, learns=True)
         elif reward.use_reward_model:
             client = stack.enter_context(make_reward_client(reward))
-        if devices.operator == "scripted":
-            keyboard = HelpingOperator(seed)
-            mouse = stack.enter_context(keyboard.mouse)
-            stack.enter_context(keyboard)
-        else:
-            mouse = stack.enter_context(make_mouse(devices.mouse)) if cfg.use_spacemouse else None
-            keyboard = stack.enter_context(make_keyboard(devices.keyboard))
-        env = stack.enter_context(open_franka(cfg, mouse, keyboard, verdict))
-        if isinstance(keyboard, HelpingOperator):
-            keyboard.watch(env.unwrapped)
-        session = Session(env, cfg, keyboard, line)
-        envs = [
-            OperatedEnvs(env, cfg, session, hands_off, verdict is not None) for hands_off in (False, True)
-        ]
+        session = stack.enter_context(open_session(cfg, devices, line, verdict, seed, HelpingOperator))
+        envs = [OperatedEnvs(session, hands_off, verdict is not None) for hands_off in (False, True)]
         if client is not None:
-            client.check_envs(envs[0].spec)
+            check_pictures(client, envs[0].spec)
         yield Robot(*envs, client)

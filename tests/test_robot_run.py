@@ -2,9 +2,11 @@
 
 import contextlib
 import json
+import signal
 import sys
 import threading
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -18,10 +20,10 @@ import collect
 import rl_train
 from common import config
 from common.agents import build_agent
-from common.arms import ArmError
+from common.arms import ArmError, ManiSkillArmConfig, SerlHttpArmConfig
 from common.cameras import CameraError, RealCameraConfig
 from common.checkpoint import load_checkpoint
-from common.devices import MouseReading, ScriptedKeyboard, ScriptedMouse
+from common.devices import DevicesConfig, KeyboardConfig, MouseReading, ScriptedKeyboard, ScriptedMouse
 from common.envs import EnvSpec
 from common.episodes import list_episodes, read_episode
 from common.evaluation import evaluate, record_traces
@@ -34,9 +36,12 @@ from common.nets import ActorModelConfig, OptimConfig
 from common.pixels import PixelObs
 from common.poses import to_quat_pose
 from common.ppo import PPOConfig
+from common.processes import WorkerError
 from common.resnet_reward import ResNetRewardConfig, ResNetRewardModel
 from common.reward_client import RewardClient, RewardConfig
-from common.robot_run import HelpingOperator, OperatedEnvs
+from common.reward_link import make_judge
+from common.robot_envs import rewarded_by
+from common.robot_run import HelpingOperator, OperatedEnvs, open_robot
 from common.run import Run, RunnerConfig
 from common.runtime import UserError
 from common.sac import SACConfig
@@ -62,17 +67,20 @@ class ToyPolicy:
         return self.action
 
 
-def toy_envs(judge=None, mouse=(), keys=(), hands_off=False, **changes) -> OperatedEnvs:
+def toy_envs(
+    judge=None, mouse=(), keys=(), hands_off=False, lose_control_at=(), answers=False, **changes
+) -> OperatedEnvs:
     """judge: frames -> success_prob, 0.5 and more is a success."""
     task = FrankaTaskConfig(target_ee_pose=TARGET, reset_move_s=0.1)
     settings = {"max_episode_steps": 8, "use_relative_frame": False, "no_gripper": True}
     cfg = FrankaConfig(override_cfg=task, cameras=MAIN, use_spacemouse=True, **(settings | changes))
-    env = FrankaEnv(cfg, ToyArm(task.reset_pose()), {"main_images": ToyCamera()})
+    arm = ToyArm(task.reset_pose(), lose_control_at=lose_control_at)
+    env = FrankaEnv(cfg, arm, {"main_images": ToyCamera()})
     verdict = None if judge is None else partial(RewardModelSuccess, judge=judge, threshold=0.5)
     keyboard = ScriptedKeyboard(list(keys))
     wrapped = wrap_franka(env, cfg, ScriptedMouse(list(mouse)), keyboard, verdict)
-    session = Session(wrapped, cfg, keyboard, StatusLine(every_s=1000))
-    return OperatedEnvs(wrapped, cfg, session, hands_off, judged=judge is not None)
+    session = Session(wrapped, cfg, keyboard, StatusLine(every_s=1000), answers)
+    return OperatedEnvs(session, hands_off, judged=judge is not None)
 
 
 def says(*probs: float | None):
@@ -235,7 +243,7 @@ def test_after_an_evaluation_training_begins_a_new_episode():
 
 
 def test_q_ends_like_ctrl_c_and_a_pause_holds_the_arm():
-    envs = toy_envs(keys=[[], [" "], [" "], ["q"]])
+    envs = toy_envs(keys=[[], [], [" "], [" "], ["q"]])
     envs.reset(0)
     envs.step(torch.zeros(1, 6))
     envs.step(torch.zeros(1, 6))  # paused and gone on
@@ -243,7 +251,85 @@ def test_q_ends_like_ctrl_c_and_a_pause_holds_the_arm():
         envs.step(torch.zeros(1, 6))
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, ArmError("lost"), CameraError("stalled")])
+@pytest.mark.parametrize("wrapper", [None, "single_stage"])
+def test_q_pressed_while_the_arm_resets_ends_too(wrapper):
+    with pytest.raises(KeyboardInterrupt):
+        toy_envs(keys=[["q"]], keyboard_reward_wrapper=wrapper).reset(0)
+
+
+def test_q_in_the_last_step_of_an_episode_drives_the_arm_nowhere():
+    envs = toy_envs(keys=[[], ["q"]], max_episode_steps=1)
+    envs.reset(0)
+    arm = envs.session.unwrapped.arm
+    moves = len(arm.moves)
+    with pytest.raises(KeyboardInterrupt):
+        envs.step(torch.zeros(1, 6))
+    assert len(arm.moves) == moves + 1
+
+
+def test_a_lost_arm_cuts_the_episode_and_learning_goes_on():
+    """It is lost in the second step; the operator thinks for a look, then recovers it."""
+    keys = [[], [], [], [], [" "]]
+    envs = toy_envs(says(0.2), keys=keys, lose_control_at=(2,), answers=True)
+    first = envs.reset(0)
+    kept = envs.step(torch.from_numpy(DOWN)[None])
+    lost = envs.step(torch.from_numpy(DOWN)[None])
+    assert (bool(lost.truncated), bool(lost.terminated), bool(lost.success)) == (True, False, False)
+    assert float(lost.env_reward) == 0 and not bool(lost.info["learned_success"])
+    assert lost.info["success_prob"].isnan().all()
+    assert lost.next_obs.equal(kept.next_obs)
+    torch.testing.assert_close(lost.obs, first)  # it stands at the start again
+    assert envs.session.unwrapped.arm.calls.count("recover") == 1
+    envs.step(torch.from_numpy(DOWN)[None])
+    assert envs.num_episodes == 2
+
+
+def test_a_signal_ends_rl_like_an_exception():
+    """Regression: SIGTERM, or an SSH connection that dropped, left the arm alone with its last command."""
+    task = FrankaTaskConfig(target_ee_pose=TARGET, reset_move_s=0.1)
+    cfg = FrankaConfig(override_cfg=task, arm=ManiSkillArmConfig(cameras=None))
+    devices = DevicesConfig(keyboard=KeyboardConfig(backend="scripted", keys=[]))
+    before, calls = signal.getsignal(signal.SIGTERM), []
+    with (
+        pytest.raises(SystemExit) as ended,
+        open_robot(cfg, devices, RewardConfig(env_reward_weight=1.0), seed=0) as robot,
+    ):
+        robot.training.reset(0)
+        robot.training.session.unwrapped.arm.stop = lambda: calls.append("stop")
+        signal.raise_signal(signal.SIGTERM)
+    assert ended.value.code == 128 + signal.SIGTERM and calls
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_code_does_not_learn_at_a_real_arm():
+    cfg = FrankaConfig(override_cfg=FrankaTaskConfig(target_ee_pose=TARGET), arm=SerlHttpArmConfig())
+    with (
+        pytest.raises(UserError, match="operator scripted drives a simulated arm alone"),
+        open_robot(cfg, DevicesConfig(operator="scripted"), RewardConfig(), seed=0),
+    ):
+        pass
+
+
+def test_the_operator_sees_by_how_much_the_loop_is_late(capsys):
+    envs = toy_envs()
+    envs.session.line.every_s = 0
+    envs.reset(0)
+    envs.session.unwrapped.rate.begin = lambda: 0.25
+    envs.step(torch.zeros(1, 6))
+    assert "episode 1 | the policy drives | 0.25 s late" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        KeyboardInterrupt,
+        ArmError("lost"),
+        CameraError("stalled"),
+        UserError("no verdict"),
+        SystemExit(143),
+        WorkerError("reward worker died"),
+    ],
+)
 def test_what_was_learned_is_saved_however_it_ends(tmp_path, error):
     """Regression: the steps at an arm are dear, and only Ctrl-C kept them."""
 
@@ -271,7 +357,7 @@ def test_the_scripted_operator_helps_in_some_training_episodes_and_never_in_an_e
         session = Session(wrapped, cfg, operator, StatusLine(every_s=1000))
         share, reached = {}, []
         for hands_off in (False, True):
-            envs = OperatedEnvs(wrapped, cfg, session, hands_off, judged=False)
+            envs = OperatedEnvs(session, hands_off, judged=False)
             envs.reset(0)
             helped = []
             while len(helped) < 20:
@@ -315,6 +401,36 @@ def test_what_an_arm_refuses(tmp_path, changes, message):
     path.write_text(ARM)
     with pytest.raises(UserError, match=message):
         config.from_yaml(rl_train.Config, path, changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hold_k": 3, "hold_n": 2}, "got 3 of 2"),
+        ({"hold_k": 0}, "got 0 of 1"),
+        ({"hold_n": 2, "standalone_realworld": False}, "go with standalone_realworld"),
+        ({"require_in_zone": True, "standalone_realworld": False}, "go with standalone_realworld"),
+    ],
+)
+def test_a_hold_must_be_possible(changes, message):
+    with pytest.raises(ValueError, match=message):
+        reward_config(**({"standalone_realworld": True, "reward_mode": "per_step"} | changes))
+
+
+def test_the_hold_of_the_config_is_the_one_that_counts(monkeypatch):
+    """Regression: RewardModelSuccess had hold_k, hold_n and require_in_zone, and no config could set them."""
+    use_fake_model(monkeypatch)
+    reward = replace(INSIDE, hold_k=2, hold_n=3, require_in_zone=True)
+    task = FrankaTaskConfig(target_ee_pose=TARGET, reset_ee_pose=TARGET, reset_move_s=0.1)
+    cfg = FrankaConfig(override_cfg=task, cameras=MAIN)
+    with make_judge(reward) as judge:  # a picture's brightness is what it says
+        env = FrankaEnv(cfg, ToyArm(task.reset_pose()), {"main_images": ToyCamera(60)})
+        env = rewarded_by(judge, cfg, reward, learns=True)(env)
+        env.reset(seed=0)
+        assert [env.step(np.zeros(7))[2] for _ in range(2)] == [False, True]
+        env.reset()
+        env.unwrapped.arm.pushed_to = to_quat_pose(np.array(TARGET) + np.eye(6)[2] * 0.03)
+        assert not any(env.step(np.zeros(7))[2] for _ in range(2))
 
 
 def test_an_arm_has_no_windows_and_a_simulation_no_model_inside():
@@ -389,6 +505,7 @@ def test_a_killed_arm_server_is_one_line_and_labelling_goes_on_where_it_was(monk
         collect.main()
 
     monkeypatch.setattr("common.franka_wrappers.open_cameras", toy_cameras)
+    monkeypatch.setattr("common.session.check_operator", lambda *_: None)  # it drives a double
     home = FrankaTaskConfig(target_ee_pose=TARGET).reset_pose()
     with SerlServer(lambda: ToyArm(home), home_q=[0.0] * 7) as server:
         Path("label.yaml").write_text(LABEL.replace("URL", server.url))
