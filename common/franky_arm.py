@@ -6,6 +6,8 @@ takes a second, and reading its width can block for 0.1 s. After power-up it mus
 """
 
 import contextlib
+import ctypes
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -18,6 +20,7 @@ from common.arm_protocol import ArmError, RobotState, check_joints, check_pose
 from common.runtime import UserError
 
 HAND_POLL_S = 0.05
+HAND_STOP_S = 0.5  # that a command which was broken off may take to say so
 SETTLED_RAD = 0.01  # joints this near count as there
 SETTLE_S = 5.0  # after a joint motion: the position controller lags behind its reference
 
@@ -97,13 +100,15 @@ class FrankyArm:
             try:
                 self._end_motion()
                 self._drive_joints(q)
-            except KeyboardInterrupt:  # then `stop` must find an arm that it can stop
+            except (KeyboardInterrupt, SystemExit):  # then `stop` must find an arm that it can stop
                 self._end_motion()
                 self._track()
                 raise
             self._track()
 
     def stop(self) -> None:
+        if self.hand is not None:  # also where the arm has stopped by itself
+            self.hand.stop()
         with self._control():
             self.tracker.set_target(self.robot.state.O_T_EE)
 
@@ -127,10 +132,12 @@ class FrankyArm:
 
     def close(self) -> None:
         if self.hand is not None:
-            self.hand.close()
+            self.hand.stop()
         # Any error: the robot may be gone, and then it has stopped by itself.
         with contextlib.suppress(Exception):
             self._end_motion()
+        if self.hand is not None:  # last: it may have to be waited for
+            self.hand.close()
         self.robot = self.tracker = self.hand = None  # a robot serves one connection: let go of this one
         self._lost = f"the arm at {self.cfg.robot_ip} has been closed"
 
@@ -209,7 +216,8 @@ class FrankyArm:
 class Hand:
     """The Franka hand, served by a thread: `wanted_open` goes in, `width_m` and `error` come out.
 
-    A command that comes while another runs waits for its end; of several, the last counts.
+    A command that comes while another runs waits for its end; of several, the last counts. Without one (None)
+    the fingers stop if they are moving; what they have gripped stays gripped.
     """
 
     def __init__(self, franky, cfg: FrankyArmConfig):
@@ -222,22 +230,31 @@ class Hand:
         self._thread = threading.Thread(target=self._run, name="franka hand", daemon=True)
         self._thread.start()
 
+    def stop(self) -> None:
+        self.wanted_open = None
+
     def close(self) -> None:
+        self.stop()
         self._ending.set()
         self._thread.join(3)  # a command that still runs does not hold it up, a silent hand does for 1 s
 
     def _run(self) -> None:
-        begun, running = None, None
+        begun, running, ending = None, None, False
         try:
-            while not self._ending.wait(HAND_POLL_S):
-                self.width_m = self.gripper.width
-                if running is not None:
-                    if not running.wait(0):
-                        continue
+            # A command waits for its answer in a thread of its own, which lets go of libfranka's lock for no
+            # longer than it takes to yield. `stop` gets it at once from the same core, from another after
+            # about a second: here both stay on one.
+            os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+            while not ending:
+                ending = self._ending.wait(HAND_POLL_S)  # once more after that, to stop them
+                if running is not None and running.wait(0):
                     running = self._end(running)
-                if self.wanted_open is not None and self.wanted_open != begun:
-                    begun = self.wanted_open
-                    running = self._begin(begun)
+                wanted = self.wanted_open
+                if running is not None and wanted is None:
+                    begun, running = None, self._break_off(running)
+                if running is None and wanted not in (None, begun):
+                    begun, running = wanted, self._begin(wanted)
+                self.width_m = self.gripper.width  # takes up to 0.1 s
         except Exception as error:  # handed to the arm's next call
             self.error = error
 
@@ -247,10 +264,31 @@ class Hand:
         # So wide an epsilon takes any width for a grasp: how far it closes depends on what is in between.
         return self.gripper.grasp_async(0.0, self.cfg.hand_speed_m_s, self.cfg.grip_force_n, 1.0, 1.0)
 
+    def _break_off(self, running) -> None:
+        # `stop` of a hand at rest would let go of what it holds, so only a running command is broken off
+        with contextlib.suppress(self.franky.CommandException):
+            self.gripper.stop()
+        if not running.wait(HAND_STOP_S):  # franky-sim never says so
+            # the destructor would wait for that, and everybody with it: let it never be called
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self.gripper))
+
     def _end(self, running) -> None:
         # A hand that could not do it is no loss of control: its width tells.
         with contextlib.suppress(self.franky.CommandException):
             running.get()
+
+
+def read_pose(cfg: FrankyArmConfig) -> np.ndarray:
+    """(7,) where the end effector stands, without taking control of the arm. Raises UserError."""
+    franky = _import_franky()
+    try:
+        robot = franky.Robot(cfg.robot_ip, realtime_config=franky.RealtimeConfig.Ignore)
+        pose = robot.state.O_T_EE
+    except Exception as error:  # as in FrankyArm._control
+        raise UserError(
+            f"the arm at {cfg.robot_ip} cannot be read ({error}): see that it is on, FCI too, in Desk"
+        ) from error
+    return np.concatenate([pose.translation, pose.quaternion])
 
 
 def _import_franky():

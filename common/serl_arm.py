@@ -42,10 +42,13 @@ class SerlHttpArm:
 
     simulated = False
 
-    def __init__(self, cfg: SerlHttpArmConfig):
+    def __init__(self, cfg: SerlHttpArmConfig, take_control: bool = True):
+        """take_control: False leaves the arm and its errors as they are, to read its state."""
         self.cfg = cfg
         parts = urlsplit(cfg.url)
         self.address, self.path = (parts.hostname, parts.port or 80), parts.path.rstrip("/")
+        if not take_control:
+            return
         try:
             self._begin()
         except ArmError as error:
@@ -83,6 +86,7 @@ class SerlHttpArm:
             )
 
     def stop(self) -> None:
+        """The protocol knows no stop of the fingers: they go on."""
         self.move(self.state().pose)
 
     def recover(self) -> None:

@@ -16,14 +16,29 @@ from common.arms import Arm
 FRANKA_SIM = """
 import os, sys, threading
 from franky_sim import SimulationServer
+from franky_sim.franka_gripper_protocol import GripperCommandStatus
+from franky_sim.franka_gripper_server import FrankaGripperServer
+from franky_sim.franka_server import BaseCommand
 from franky_sim.mujoco_simulator import MujocoSimulator
 
 def end_with_parent():
     sys.stdin.read()
     os._exit(0)
 
+def stop_and_say_so(self, command_id, tcp_socket, stop=FrankaGripperServer.stop):
+    # what the protocol has kAborted for; franky-sim leaves the command that it stops without an answer
+    if self._pending_command_id is not None:
+        BaseCommand.send_response(
+            self._pending_tcp_socket, self._pending_command_type, self._pending_command_id,
+            GripperCommandStatus.kAborted, command_type_struct="H", status_type_struct="H",
+        )
+    stop(self, command_id, tcp_socket)
+
 threading.Thread(target=end_with_parent, daemon=True).start()
-candidates = {"hostname_candidates": sys.argv[1:]} if sys.argv[1:] else {}
+says, *addresses = sys.argv[1:]
+if says == "says_stopped":
+    FrankaGripperServer.stop = stop_and_say_so
+candidates = {"hostname_candidates": addresses} if addresses else {}
 with MujocoSimulator(enable_visualization=False) as sim:
     robot = sim.add_robot()
     with SimulationServer(sim, **candidates) as server:
@@ -33,7 +48,13 @@ with MujocoSimulator(enable_visualization=False) as sim:
 
 
 class FrankaSim:
-    """A simulated Franka Research 3 with a hand, behind libfranka's protocol: `ip` is its address."""
+    """A simulated Franka Research 3 with a hand, behind libfranka's protocol: `ip` is its address.
+
+    says_stopped: whether a command of the hand that is stopped gets an answer.
+    """
+
+    def __init__(self, says_stopped: bool = True):
+        self.says_stopped = says_stopped
 
     def __enter__(self) -> "FrankaSim":
         self._start([])  # it takes the first free address of 127.0.0.0/8
@@ -44,7 +65,7 @@ class FrankaSim:
 
     def _start(self, address: list[str]) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-c", FRANKA_SIM, *address],
+            [sys.executable, "-c", FRANKA_SIM, "says_stopped" if self.says_stopped else "", *address],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -30,8 +30,11 @@ from common.arms import (
     make_arm,
 )
 from common.config import from_dict, to_dict
+from common.franky_arm import read_pose
 from common.runtime import UserError
 from common.scenes import CameraConfig, CamerasConfig
+from common.serl_arm import SerlHttpArm
+from common.session import ended_by_signals
 
 HOME_Q = [0.0, 0.0, 0.0, -1.9, 0.0, 2.0, 0.0]
 # Where a Franka's fingertips are at HOME_Q, from its Denavit-Hartenberg table (the same for Panda and FR3):
@@ -405,11 +408,14 @@ def test_a_robot_killed_in_a_joint_reset_is_an_error(franka_sim: FrankaSim):
         killer.join()
 
 
-def test_ctrl_c_in_a_joint_reset_stops_the_arm(franka_sim: FrankaSim):
-    with franky_arm(franka_sim) as arm:
-        killer = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT))
+@pytest.mark.parametrize(
+    ("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)]
+)
+def test_a_signal_in_a_joint_reset_stops_the_arm(franka_sim: FrankaSim, number: int, error: type):
+    with ended_by_signals(), franky_arm(franka_sim) as arm:
+        killer = threading.Timer(1.0, os.kill, (os.getpid(), number))
         killer.start()
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(error):
             arm.joint_reset([1.5, 0, 0, -1.9, 0, 2, 0])
         killer.join()
         arm.stop()
@@ -431,6 +437,95 @@ def test_the_last_of_several_gripper_commands_counts(franka_sim: FrankaSim):
         assert arm.state().gripper < 0.01
 
 
+def until_width(arm: Arm, is_so: Callable[[float], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not is_so(arm.state().gripper):
+        assert time.monotonic() < deadline, f"the fingers stay at {arm.state().gripper} m"
+        time.sleep(0.05)
+
+
+def test_stopping_stops_moving_fingers_and_a_new_command_moves_them_on(franka_sim: FrankaSim):
+    """Regression: they closed on, whoever had stopped the arm because of what was between them."""
+    with franky_arm(franka_sim, hand_speed_m_s=0.04) as arm:
+        arm.gripper(True)
+        until_width(arm, lambda width: width > 0.075)
+        arm.gripper(False)
+        until_width(arm, lambda width: width < 0.065)
+        arm.stop()
+        time.sleep(1.0)
+        rest_m = arm.state().gripper
+        assert rest_m > 0.03
+        time.sleep(0.5)
+        assert abs(arm.state().gripper - rest_m) < 0.002
+        arm.gripper(False)
+        until_width(arm, lambda width: width < 0.01)
+
+
+class StopCounter:
+    """A gripper, and how often it was told to stop."""
+
+    def __init__(self, gripper):
+        self.gripper, self.stops = gripper, 0
+
+    def stop(self) -> bool:
+        self.stops += 1
+        return self.gripper.stop()
+
+    def __getattr__(self, name: str):
+        return getattr(self.gripper, name)
+
+
+def test_what_is_gripped_stays_gripped(franka_sim: FrankaSim):
+    """A real hand at rest lets go when it is told to stop: a pause must drop nothing."""
+    with franky_arm(franka_sim) as arm:
+        arm.hand.gripper = hand = StopCounter(arm.hand.gripper)
+        arm.gripper(False)
+        until_width(arm, lambda width: width < 0.01)
+        time.sleep(1.0)  # until the command is through
+        arm.stop()
+        time.sleep(0.3)
+        arm.gripper(False)
+    assert hand.stops == 0
+
+
+def test_closing_ends_the_motion_before_it_waits_for_the_hand(franka_sim: FrankaSim):
+    """Regression: an arm that was driving drove on for as long as the hand took, up to three seconds."""
+    with franky_arm(franka_sim) as arm:
+        robot, hand, in_control = arm.robot, arm.hand, []
+        close_hand = hand.close
+
+        def close() -> None:
+            in_control.append(robot.is_in_control)
+            close_hand()
+
+        hand.close = close
+        hand.gripper = gripper = StopCounter(hand.gripper)
+        arm.move(shifted(arm.state().pose, 0.2))
+        arm.gripper(True)
+        until_width(arm, lambda width: width > 0.05)  # on its way from 0.04 to 0.08
+    assert in_control == [False]
+    assert gripper.stops == 1  # and the fingers with it
+
+
+def test_a_hand_that_never_says_that_it_has_stopped_holds_nobody_up():
+    """As franky-sim by itself: the destructor of franky's Gripper waits for that answer."""
+    skip_without_franky()
+    with FrankaSim(says_stopped=False) as robot, franky_arm(robot) as arm:
+        arm.gripper(True)
+        until_width(arm, lambda width: width > 0.05)
+        begin = time.monotonic()
+        arm.close()
+        assert time.monotonic() - begin < 5
+
+
+def test_a_pose_is_read_without_taking_control(franka_sim: FrankaSim):
+    cfg = FrankyArmConfig(robot_ip=franka_sim.ip, realtime=False)
+    poses = [read_pose(cfg) for _ in range(2)]
+    with make_arm(cfg, control_hz=10) as arm:
+        poses.append(arm.state().pose)
+    np.testing.assert_allclose(poses[1:], poses[:-1], atol=2e-3)
+
+
 def test_a_closed_arm_says_so(franka_sim: FrankaSim):
     with franky_arm(franka_sim) as arm:
         pass
@@ -442,8 +537,11 @@ def test_a_closed_arm_says_so(franka_sim: FrankaSim):
 
 def test_no_robot_is_an_error_of_the_user():
     pytest.importorskip("franky")
+    cfg = FrankyArmConfig(robot_ip="127.9.9.9", realtime=False)
     with pytest.raises(UserError, match=r"no control of the arm at 127\.9\.9\.9 .*refused"):
-        make_arm(FrankyArmConfig(robot_ip="127.9.9.9", realtime=False), control_hz=10)
+        make_arm(cfg, control_hz=10)
+    with pytest.raises(UserError, match=r"the arm at 127\.9\.9\.9 cannot be read .*refused"):
+        read_pose(cfg)
 
 
 def test_without_franky_the_error_says_what_to_install(monkeypatch):
@@ -469,6 +567,11 @@ def test_a_state_is_one_call(serl_server: SerlServer):
     serl_server.posts.clear()
     arm.state()
     assert serl_server.posts == ["getstate"]
+
+
+def test_a_state_is_read_without_taking_control(serl_server: SerlServer):
+    state = SerlHttpArm(SerlHttpArmConfig(url=serl_server.url, timeout_s=20), take_control=False).state()
+    assert serl_server.posts == ["getstate"] and state.pose.shape == (7,)
 
 
 def test_compliance_is_sent_when_it_begins_and_recovers(serl_server: SerlServer):
