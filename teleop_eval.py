@@ -1,12 +1,12 @@
 """Drive the arm and watch the reward model judge, live; mark the truth with keys and get its precision.
 
     python teleop_eval.py configs/realworld_teleop.yaml [key=value ...]
-    python teleop_eval.py --check configs/realworld_teleop.yaml     devices and cameras, live
+    python teleop_eval.py --check configs/realworld_teleop.yaml     devices, cameras and the arm's pose, live
     python teleop_eval.py --serve configs/realworld_teleop.yaml      on the GPU machine: answer the robot
     python teleop_eval.py --make-keys FOLDER [CLIENT ...]            keys for a link between two machines
 
 A line per step: `Step 123 | prob 0.93 | rm_reward: 1 | success: True`. Where the verdict is late it says
-`prob --`, and driving goes on: the arm waits for no model.
+`rm_reward: -`, and driving goes on: the arm waits for no model.
 
 In: an arm (`env.eval`), the operator's devices (`devices`), a reward model of frames (`reward`).
 Keys: `c` from now on it is a success, `a` from now on it is none, `u` nobody knows; space pause, `q` finish.
@@ -24,21 +24,23 @@ from pathlib import Path
 from typing import Any, Literal
 
 from common import config
-from common.arms import ManiSkillArmConfig, make_arm
+from common.arms import FrankyArmConfig, ManiSkillArmConfig, make_arm
 from common.cameras import describe_cameras
 from common.devices import DevicesConfig, describe_devices
-from common.envs import EnvSpec
 from common.files import new_run_dir, save_json
 from common.franka_config import FrankaConfig
-from common.franka_wrappers import RewardModelSuccess, RewardModelVerdict
+from common.franka_wrappers import RewardModelVerdict
+from common.franky_arm import read_pose
 from common.labelling import FrameFacts, FrameStore
 from common.link_keys import make_keys
 from common.live_trace import REPORTED, UNKNOWN, LiveTrace, live_metrics
 from common.log import LoggerConfig
-from common.reward_client import RewardClient, RewardConfig
+from common.poses import to_euler_pose
+from common.reward_client import RewardConfig
 from common.reward_link import LiveJudge, make_judge, serve_reward_model
-from common.robot_envs import Asker, RobotEnvs, render_facts
+from common.robot_envs import Asker, RobotEnvs, check_pictures, need_camera, render_facts, rewarded_by
 from common.runtime import UserError, run_script, seed_everything, set_threads
+from common.serl_arm import SerlHttpArm
 from common.session import KEYS_HELP, LABEL_KEYS, UNDO, Moment, SessionLog, StatusLine, open_session
 
 CHECK_FOLDER = Path("logs/check")  # where --check puts a picture of each camera
@@ -87,9 +89,9 @@ def line_of(number: int, info: dict[str, Any], cfg: RewardConfig) -> str:
     """What the operator sees of a step."""
     if "success_prob" not in info:
         return f"Step {number}"
-    prob = info["success_prob"]
+    prob, verdict = info["success_prob"], info["verdict"]
     shown = f" | prob {'--' if prob is None else format(prob, '.2f')}" if cfg.use_reward_prob else ""
-    return f"Step {number}{shown} | rm_reward: {int(info['verdict'])} | success: {info['verdict']}"
+    return f"Step {number}{shown} | rm_reward: {'-' if prob is None else int(verdict)} | success: {verdict}"
 
 
 class Marks:
@@ -109,20 +111,34 @@ class Marks:
 
 
 def evaluate(cfg: Config, folder: Path) -> None:
-    env, runner = cfg.env.eval, cfg.runner
+    """Drive, then report: after Ctrl-C and errors too, once arm and terminal have been let go."""
+    env, trace, judge = cfg.env.eval, LiveTrace(cfg.runner.max_video_steps), None
+    try:
+        with ExitStack() as stack:
+            line = stack.enter_context(closing(StatusLine()))
+            if cfg.reward.use_reward_model:
+                judge = stack.enter_context(make_judge(cfg.reward))
+                judge.client.set_task(env.description)
+            drive(cfg, folder, line, judge, trace)
+    finally:
+        report(trace, judge, folder, env.override_cfg.step_hz)
+
+
+def drive(cfg: Config, folder: Path, line: StatusLine, judge: LiveJudge | None, trace: LiveTrace) -> None:
+    """One session; what happens goes into the trace."""
+    env, runner, verdict = cfg.env.eval, cfg.runner, None
+    if runner.save_labelled:
+        need_camera(env, "what is marked is kept as pictures (runner.save_labelled)")
+    if judge is None:
+        line.say("warning: reward.use_reward_model is off, nobody judges")
+    elif cfg.reward.standalone_realworld:
+        verdict = rewarded_by(judge, env, cfg.reward)
+    else:
+        verdict = partial(RewardModelVerdict, judge=Asker(judge, env), threshold=judge.client.threshold)
     with ExitStack() as stack:
-        line = stack.enter_context(closing(StatusLine()))
-        judge, verdict, threshold = None, None, 1.0
-        if cfg.reward.use_reward_model:
-            judge = stack.enter_context(make_judge(cfg.reward))
-            threshold = judge.client.threshold
-            wrapper = RewardModelSuccess if cfg.reward.standalone_realworld else RewardModelVerdict
-            verdict = partial(wrapper, judge=Asker(judge, env), threshold=threshold)
-        else:
-            line.say("warning: reward.use_reward_model is off, nobody judges")
         session = stack.enter_context(open_session(env, cfg.devices, line, verdict, runner.seed))
         if judge is not None:
-            check_pictures(judge.client, RobotEnvs(session.env, env).spec)
+            check_pictures(judge.client, RobotEnvs(session, env).spec)
         config.save(cfg, folder / "config.yaml")
         log = stack.enter_context(SessionLog(folder / "teleop.log", line))
         log.say(f"{KEYS_HELP}; c and a mark the truth from here on, u unmarks")
@@ -130,45 +146,47 @@ def evaluate(cfg: Config, folder: Path) -> None:
         if runner.save_labelled:
             facts = FrameFacts(env.task, render_facts(env), task_description=env.description)
             store = stack.enter_context(FrameStore(folder, facts))
-        marks, trace = Marks(), LiveTrace(runner.max_video_steps)
+        marks = Marks()
         gc.freeze()  # else collecting torch's objects stops the loop for 0.2 s now and then
-        try:
-            for number, moment in enumerate(session.moments(runner.seed, runner.max_steps), start=1):
-                marked = marks.take(moment)
-                truth = int(moment.info["in_zone"]) if runner.truth == "pose" else marked
-                trace.add(moment, truth, session.env.unwrapped.now())
-                if store is not None and truth != UNKNOWN:
-                    store.add(moment.frames["main_images"], truth, moment.episode, moment.step)
-                text = line_of(number, moment.info, cfg.reward)
-                if moment.done:
-                    log.say(f"{text} | episode {moment.episode} ended")
-                else:
-                    log.write(text)
-                    line.show(text)
-        finally:  # after Ctrl-C and errors too: what was driven is not lost
-            report(trace, judge, threshold, folder, 1 / session.env.unwrapped.rate.period_s)
+        for number, moment in enumerate(session.moments(runner.seed, runner.max_steps), start=1):
+            marked = marks.take(moment)
+            truth = int(moment.info["in_zone"]) if runner.truth == "pose" else marked
+            trace.add(moment, truth, session.unwrapped.now())
+            if store is not None and truth != UNKNOWN:
+                store.add(moment.frames["main_images"], truth, moment.episode, moment.step)
+            text = line_of(number, moment.info, cfg.reward)
+            if moment.done:
+                log.say(f"{text} | episode {moment.episode} ended")
+            else:
+                log.write(text)
+                line.show(text)
 
 
-def report(trace: LiveTrace, judge: LiveJudge | None, threshold: float, folder: Path, rate_hz: float) -> None:
+def report(trace: LiveTrace, judge: LiveJudge | None, folder: Path, rate_hz: float) -> None:
     """summary.json, trace.npz, and pictures; nothing where no step was made."""
     if not len(trace):
         return
+    threshold = 1.0 if judge is None else judge.client.threshold
     summary = live_metrics(trace.arrays())
     if judge is not None:
         summary |= {name: vars(judge)[name] for name in ("asked", "answered", "late", "overtaken")}
         summary["threshold"] = threshold
-    trace.save(folder / "trace.npz")
-    trace.draw(folder, threshold, rate_hz)
     save_json(summary, folder / "summary.json")
-    print_summary(summary, folder)
+    trace.save(folder / "trace.npz")
+    print_summary(summary)
+    try:
+        trace.draw(folder, threshold, rate_hz)
+    except Exception as error:  # whatever it is: why the session ended must not be hidden behind it
+        print(f"no pictures: {type(error).__name__}: {error}", file=sys.stderr)
+    else:
+        print(f"look at {folder}/trace.mp4 and {folder}/scores.png")
 
 
-def print_summary(summary: dict[str, Any], folder: Path) -> None:
+def print_summary(summary: dict[str, Any]) -> None:
     print(f"\n{summary['num_steps']} steps, {summary['num_marked']} of them marked")
     for name, unit in REPORTED.items():
         if summary.get(name) is not None:
             print(f"{name.replace('_', ' '):<28}{summary[name]:>10.3g} {unit}")
-    print(f"look at {folder}/trace.mp4 and {folder}/scores.png")
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -176,22 +194,27 @@ def print_summary(summary: dict[str, Any], folder: Path) -> None:
 # ----------------------------------------------------------------------------------------------------
 
 
-def check_pictures(client: RewardClient, spec: EnvSpec) -> None:
-    """UserError where the reward model knows other pictures, or looks at a camera that is not there."""
-    if missing := [view for view in client.views if view not in spec.frame_shape]:
-        raise UserError(f"the reward model looks at {missing[0]}, and env.eval has no camera for it")
-    client.check_envs(spec)
-
-
 def check(cfg: Config) -> None:
-    """Devices, live; then a picture and the measured rate of each camera. A real arm is not touched."""
+    """Devices, live; where the arm stands; a picture and the measured rate of each camera. No arm moves, and
+    a real one is read without taking control of it."""
     for text in describe_devices(cfg.devices):
         print(text, flush=True)
-    env = cfg.env.eval
+    env, arm = cfg.env.eval, None
     with ExitStack() as stack:
-        simulated = isinstance(env.arm, ManiSkillArmConfig)
-        arm = stack.enter_context(make_arm(env.arm, env.override_cfg.step_hz)) if simulated else None
-        for text in describe_cameras(env.all_cameras, arm=arm, folder=CHECK_FOLDER):
+        try:
+            if isinstance(env.arm, ManiSkillArmConfig):
+                arm = stack.enter_context(make_arm(env.arm, env.override_cfg.step_hz))
+                pose = arm.state().pose
+            elif isinstance(env.arm, FrankyArmConfig):
+                pose = read_pose(env.arm)
+            else:
+                pose = SerlHttpArm(env.arm, take_control=False).state().pose
+            stands = f"stands at {to_euler_pose(pose).round(4).tolist()}, in the order of target_ee_pose"
+        except UserError as error:
+            stands = str(error)
+        print(f"arm ({env.arm.backend}): {stands}", flush=True)
+        cameras = {n: c for n, c in env.all_cameras.items() if arm is not None or c.backend != "maniskill"}
+        for text in describe_cameras(cameras, arm=arm, folder=CHECK_FOLDER):
             print(text, flush=True)
 
 

@@ -107,7 +107,7 @@ def teleop(folder: Path, checkpoint: Path, *changes: str) -> list[str]:
 def test_live_verdicts_are_held_against_the_marks(checkpoint, tmp_path):
     out = run("teleop_eval.py", *teleop(tmp_path / "run", checkpoint, "runner.max_steps=60"), cwd=tmp_path)
     lines = re.findall(
-        r"Step \d+ \| prob (?:\d\.\d\d|--) \| rm_reward: ([01]) \| success: (True|False)",
+        r"Step \d+ \| prob (?:\d\.\d\d|--) \| rm_reward: ([01-]) \| success: (True|False)",
         (tmp_path / "run/teleop.log").read_text(),
     )
     assert len(lines) == 60 and all((reward == "1") == (said == "True") for reward, said in lines)
