@@ -1,6 +1,7 @@
 """Settings of every test process, and of the processes that tests start. Tests run on the CPU."""
 
 import os
+import signal
 
 # Set before torch, Mesa or matplotlib look at them. One thread each: tests start processes of their own, and
 # threads that fight for cores cost more than they bring. 0: Mesa's CPU renderer draws in the calling thread.
@@ -15,6 +16,7 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with it ignored
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """CPU envs in worker processes: the same numbers however they are spread, and no process left behind."""
 
 import multiprocessing
+import contextlib
 import os
 import signal
 import subprocess
@@ -206,10 +207,14 @@ def test_ctrl_c_ends_the_program_and_its_workers_quietly(tmp_path: Path):
     program = subprocess.Popen(
         [sys.executable, script], stdout=pipe, stderr=pipe, text=True, start_new_session=True
     )
-    workers = program.stdout.readline().split()
-    time.sleep(0.3)
-    os.killpg(program.pid, signal.SIGINT)
-    _, stderr = program.communicate(timeout=20)
+    try:
+        workers = program.stdout.readline().split()
+        time.sleep(0.3)
+        os.killpg(program.pid, signal.SIGINT)
+        _, stderr = program.communicate(timeout=20)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(program.pid, signal.SIGKILL)
     assert program.returncode == 130
     assert stderr.strip().endswith("stopped by Ctrl-C")
     assert "Traceback" not in stderr
