@@ -1,7 +1,7 @@
 """CPU envs in worker processes: the same numbers however they are spread, and no process left behind."""
 
-import multiprocessing
 import contextlib
+import multiprocessing
 import os
 import signal
 import subprocess
