@@ -361,9 +361,10 @@ def learn(cfg: Config, run: Run, agent: PPO | SAC, client: RewardClient | None, 
         run.save("last")
         if run.merit is None:
             run.evaluate()
-    except (KeyboardInterrupt, SystemExit, UserError, WorkerError):  # of ArmError and SIGTERM too
-        run.save("last")
-        print(f"\nstopped at step {run.step}; go on with runner.resume_dir={run.folder}/checkpoints/last")
+    except (KeyboardInterrupt, SystemExit, UserError, WorkerError) as error:  # of ArmError and SIGTERM too
+        if run.step or not isinstance(error, UserError):  # before the first step it says what does not fit
+            run.save("last")
+            print(f"\nstopped at step {run.step}; go on with runner.resume_dir={run.folder}/checkpoints/last")
         raise
     run.load_best()
 

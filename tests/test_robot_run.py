@@ -337,7 +337,7 @@ def test_what_was_learned_is_saved_however_it_ends(tmp_path, error):
         raise error
 
     run = ClockedRun(max_steps=1)
-    run.folder, run.eval_envs, saved = tmp_path, toy_envs(), []
+    run.folder, run.eval_envs, run.step, saved = tmp_path, toy_envs(), 5, []
     run.save = saved.append
     cfg = rl_train.Config(algorithm=SACConfig(), reward=RewardConfig(env_reward_weight=1.0))
     with pytest.raises(error if isinstance(error, type) else type(error)):
