@@ -18,11 +18,11 @@ from tqdm import tqdm
 
 from common.buffers import FIELDS, ReplayBuffer, mix_batches, n_step_returns
 from common.envs import EnvSpec, Render
-from common.episodes import Episode, list_episodes, read_episode, read_frames
+from common.episodes import Episode, frame_labels, list_episodes, read_episode, read_frames
 from common.judging import Look, distance_of, judged_inside, look_back, make_audit, make_watch, pay
 from common.pixels import seen_views, state_dim, to_pixels
 from common.reward_client import RewardClient, RewardConfig
-from common.rewards import Audit, BootstrapType, TrendAudit, Verdicts, combine_reward, no_bootstrap
+from common.rewards import Audit, BootstrapType, Hold, TrendAudit, Verdicts, combine_reward, no_bootstrap
 from common.runtime import UserError
 from common.sac import SACConfig
 
@@ -247,7 +247,7 @@ def prior_buffer(
     that was not recorded in an env like `spec`, or whose frames the model does not know.
     """
     watch, audit = make_watch(cfg, client, 1), make_audit(cfg)
-    parts, looks = [], []
+    parts, looks, in_zone = [], [], []
     if client is not None:
         client.check_idle()
     paths = [path for folder in folders for path in list_episodes(folder)]
@@ -255,6 +255,13 @@ def prior_buffer(
         episode = read_episode(path, views=())
         _check_prior(episode, spec, client)
         states = torch.from_numpy(episode.states)
+        if cfg.require_in_zone:
+            try:
+                in_zone.append(torch.from_numpy(frame_labels(episode.infos, "in_zone", required=True)[1:]))
+            except ValueError as error:
+                raise UserError(
+                    f"algorithm.prior_data: {path} {error}; reward.require_in_zone asks for it"
+                ) from error
         if client is not None:
             first = episode.length if cfg.render == Render.IF_DONE else 1  # frame 0 is never judged
             shown = range(first, episode.length + 1)
@@ -288,7 +295,8 @@ def prior_buffer(
     model_reward = _recorded_reward(client, watch, looks, done, cfg, audit) if looks else env_reward * 0
     weights = cfg.env_reward_weight, cfg.reward_weight
     if judged_inside(spec):
-        success = model_reward > 0
+        allowed = torch.cat(in_zone) if cfg.require_in_zone else torch.ones_like(done)
+        success = held((model_reward > 0) & allowed, done, Hold(cfg.hold_k, cfg.hold_n))
         terminated, truncated = success, (terminated | truncated) & ~success
         env_reward, weights = success.float(), (1.0, 0.0)
     transitions["reward"] = combine_reward(env_reward, model_reward, *weights)
@@ -297,6 +305,17 @@ def prior_buffer(
     buffer = ReplayBuffer(size, obs_dim, transitions["action"].shape[1], device)
     buffer.add(**transitions)
     return Prior(buffer, [len(part["obs"]) for part in parts], audit)
+
+
+def held(success: Tensor, done: Tensor, hold: Hold) -> Tensor:
+    """(T,) bool: what `hold` makes of success (T,) in the episodes that end where done (T,) is."""
+    out = []
+    hold.reset()
+    for verdict, last in zip(success.tolist(), done.tolist(), strict=True):
+        out.append(hold(verdict))
+        if last:
+            hold.reset()
+    return torch.tensor(out, dtype=torch.bool, device=success.device)
 
 
 class Prior(NamedTuple):

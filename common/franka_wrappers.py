@@ -7,7 +7,6 @@ the gripper. Orders, keys and numbers follow RLinf's wrappers, what differs is s
 """
 
 import contextlib
-from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -23,7 +22,7 @@ from common.devices import AnyKeyboard, Mouse
 from common.franka import FrankaEnv
 from common.franka_config import FrankaConfig
 from common.poses import to_euler_pose, turn_twist
-from common.rewards import Verdicts
+from common.rewards import Hold, Verdicts
 from common.runtime import UserError
 
 Frames = dict[str, np.ndarray]  # camera -> (128, 128, 3) uint8
@@ -204,17 +203,15 @@ class RewardModelSuccess(RewardModelVerdict):
         require_in_zone: bool = False,
     ):
         super().__init__(env, judge, threshold)
-        self.require_in_zone, self.hold_k = require_in_zone, hold_k
-        self._held = deque(maxlen=hold_n)
+        self.require_in_zone, self.hold = require_in_zone, Hold(hold_k, hold_n)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None):
-        self._held.clear()
+        self.hold.reset()
         return self.env.reset(seed=seed, options=options)
 
     def step(self, action: np.ndarray):
         obs, _, _, truncated, info = super().step(action)
-        self._held.append(info["verdict"] and (info["in_zone"] or not self.require_in_zone))
-        success = sum(self._held) >= self.hold_k
+        success = self.hold(info["verdict"] and (info["in_zone"] or not self.require_in_zone))
         info |= {"success": success, "true_success": info["in_zone"]}
         return obs, float(success) - info["gripper_penalty"], success, truncated, info
 

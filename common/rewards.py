@@ -10,6 +10,7 @@ a parser says what that is worth (`common.prompts`), and the reward lands on the
 `history_reward_assign`, on every step of it. Semantics follow RLinf's env worker.
 """
 
+from collections import deque
 from dataclasses import dataclass
 from typing import Literal
 
@@ -56,6 +57,22 @@ class WindowVerdicts:
     @classmethod
     def judge(cls, keys: Tensor, label_prob: Tensor, parser) -> "WindowVerdicts":
         return cls(keys, label_prob, likeliest(label_prob), parser.reward(label_prob))
+
+
+class Hold:
+    """k of the last n steps: a single verdict may be a mistake."""
+
+    def __init__(self, k: int, n: int):
+        self.k, self._last = k, deque(maxlen=n)
+
+    def reset(self) -> None:
+        """Another episode begins."""
+        self._last.clear()
+
+    def __call__(self, success: bool) -> bool:
+        """What a step's verdict comes to, with those before it."""
+        self._last.append(success)
+        return sum(self._last) >= self.k
 
 
 def combine_reward(

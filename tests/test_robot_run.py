@@ -137,6 +137,19 @@ def test_prior_data_is_paid_by_the_verdict_on_each_frame(tmp_path, monkeypatch):
     assert audit.metrics("prior")["prior/recall"] == 0.0
 
 
+def test_prior_data_is_held_as_the_env_holds(monkeypatch, tmp_path):
+    """Two of the last two; a new episode begins anew."""
+    use_fake_model(monkeypatch)
+    write(tmp_path, 0, [90, 60, 80, 20, 70], [False] * 4, terminated=True)
+    write(tmp_path, 1, [90, 60, 60], [False] * 2, terminated=True)
+    cfg = replace(INSIDE, hold_k=2, hold_n=2)
+    buffer, _, _ = prior_buffer([str(tmp_path)], toy_spec(), RewardClient(cfg), cfg, "standard", CPU)
+    assert buffer.reward.tolist() == [0, 1, 0, 0, 0, 1]
+    with pytest.raises(UserError, match="has no 'in_zone'"):
+        alone = replace(INSIDE, require_in_zone=True)
+        prior_buffer([str(tmp_path)], toy_spec(), RewardClient(alone), alone, "standard", CPU)
+
+
 def toy_spec() -> EnvSpec:
     spec = CountingEnvs([[1]]).spec
     spec.info_types["success_prob"] = torch.float32
