@@ -24,13 +24,14 @@ from common import config
 from common.agents import agent_meta, build_agent
 from common.async_rollout import AsyncRollout, RolloutConfig
 from common.devices import DevicesConfig
-from common.experience import EpisodeStats, Replay, Rollout, prior_buffer
+from common.experience import EpisodeStats, Replay, Rollout
 from common.files import gone_if_refused, new_run_dir, save_json
 from common.franka_config import FrankaConfig
 from common.judging import distance_of, make_audit, make_watch, pay
 from common.log import RunLog
 from common.nets import ActorModelConfig, OptimConfig
 from common.ppo import PPO, PPOConfig
+from common.prior import prior_buffer
 from common.processes import WorkerError
 from common.reward_client import RewardClient, RewardConfig
 from common.rewards import add_bootstrap, combine_reward

@@ -12,8 +12,9 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from common.agents import build_agent
+from common.buffers import Transitions
 from common.env_workers import EnvPool
-from common.experience import Rollout, Transitions
+from common.experience import Rollout
 from common.nets import ActorModelConfig, OptimConfig
 from common.processes import Child
 from common.reward_client import RewardConfig, make_reward_client

@@ -6,6 +6,10 @@ from torch import Tensor
 FIELDS = ("obs", "next_obs", "action", "reward", "terminal", "steps")
 
 
+# obs, next_obs (M, D), action (M, A), reward (M,), terminal, done (M,) bool
+Transitions = dict[str, Tensor]
+
+
 class ReplayBuffer:
     """A ring of transitions on `device`.
 

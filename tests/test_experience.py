@@ -9,11 +9,12 @@ from torch import Tensor, tensor
 import rl_train
 from common.agents import build_agent
 from common.async_rollout import SharedWeights
-from common.buffers import FIELDS, ReplayBuffer
+from common.buffers import FIELDS, ReplayBuffer, Transitions
 from common.episodes import write_episode
-from common.experience import EpisodeStats, Prior, Replay, Rollout, Transitions, prior_buffer
+from common.experience import EpisodeStats, Replay, Rollout
 from common.nets import ActorModelConfig, OptimConfig
 from common.ppo import PPOConfig
+from common.prior import Prior, prior_buffer
 from common.reward_client import RewardClient, RewardConfig
 from common.rewards import Audit
 from common.run import RunnerConfig

@@ -103,6 +103,7 @@ LEVELS = [
     # 5 parts of an RL run
     [
         "agents",
+        "prior",
         "experience",
         "evaluation",
         "async_rollout",
@@ -162,6 +163,7 @@ WITHIN_LEVEL = {
     "scripted_operator": {"session"},
     "session": {"live_trace"},
     "agents": {"async_rollout", "run", "policy_mix"},
+    "prior": {"experience"},
     "experience": {"async_rollout"},
     "evaluation": {"run"},
     "robot_run": {"worlds"},

@@ -9,10 +9,10 @@ from common.agents import agent_meta, build_agent, check_same_agent, load_agent
 from common.checkpoint import save_checkpoint
 from common.envs import Render
 from common.episodes import EpisodeWriter, list_episodes, read_episode
-from common.experience import prior_buffer
 from common.nets import NUM_PIXEL_FEATURES, ActorModelConfig, OptimConfig, PixelEncoder
 from common.pixels import PixelObs, seen_views, state_dim, to_pixels
 from common.ppo import PPOConfig
+from common.prior import prior_buffer
 from common.reward_client import RewardConfig
 from common.runtime import UserError
 from common.sac import SAC, SACConfig

@@ -27,7 +27,7 @@ from common.devices import DevicesConfig, KeyboardConfig, MouseReading, Scripted
 from common.envs import EnvSpec
 from common.episodes import list_episodes, read_episode
 from common.evaluation import evaluate, record_traces
-from common.experience import Replay, Rollout, prior_buffer
+from common.experience import Replay, Rollout
 from common.franka import FrankaEnv
 from common.franka_config import FrankaConfig, FrankaTaskConfig
 from common.franka_wrappers import RewardModelSuccess, wrap_franka
@@ -36,6 +36,7 @@ from common.nets import ActorModelConfig, OptimConfig
 from common.pixels import PixelObs
 from common.poses import to_quat_pose
 from common.ppo import PPOConfig
+from common.prior import prior_buffer
 from common.processes import WorkerError
 from common.resnet_reward import ResNetRewardConfig, ResNetRewardModel
 from common.reward_client import RewardClient, RewardConfig

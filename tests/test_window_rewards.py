@@ -9,11 +9,12 @@ from torch import tensor
 
 import rl_train
 from common.evaluation import evaluate, record_traces
-from common.experience import Rollout, prior_buffer
+from common.experience import Rollout
 from common.geometry import success_distance
 from common.judging import make_watch, pay
 from common.log import GLOSSARY, progress_line
 from common.ppo import PPOConfig
+from common.prior import prior_buffer
 from common.reward_client import RewardClient
 from common.reward_models import HistoryOracle, HistoryOracleConfig
 from common.rewards import TrendAudit, WindowVerdicts
