@@ -96,6 +96,11 @@ class Config:
             raise ValueError(
                 "env.train.data_collection cannot record an asynchronous rollout; use env.eval's"
             )
+        if self.runner.async_rollout and (self.algorithm.n_step > 1 or self.algorithm.imitation_online):
+            raise ValueError(
+                "an asynchronous rollout sends many steps at once, and algorithm.n_step above 1 and "
+                "imitation_online want one after the other: set runner.async_rollout to false"
+            )
         if self.algorithm.name == "ppo" and self.actor.model.norm_obs:
             raise ValueError("actor.model.norm_obs takes mean and std from prior data, which PPO has none of")
         if self.actor.model.pixels is not None and self.algorithm.name == "ppo":

@@ -268,9 +268,10 @@ class Replay:
                 self._store(as_far_as_paid(episode), self.best)
 
     def _store(self, transitions: Transitions, buffer: ReplayBuffer) -> None:
-        done = transitions["done"] | transitions["terminal"]
         if self.cfg.n_step > 1:
-            transitions = n_step_returns(transitions, done, self.cfg.n_step, self.cfg.gamma)
+            transitions = {name: value.to(buffer.device) for name, value in transitions.items()}
+            end = transitions["done"] | transitions["terminal"]
+            transitions = n_step_returns(transitions, end, self.cfg.n_step, self.cfg.gamma)
         buffer.add(**{name: transitions[name] for name in FIELDS if name in transitions})
 
     def sample(self, generator: torch.Generator) -> dict[str, Tensor]:

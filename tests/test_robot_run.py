@@ -463,6 +463,10 @@ def test_an_arm_has_no_windows_and_a_simulation_no_model_inside():
     [
         ({"algorithm": PPOConfig()}, "pixels is for SAC"),
         ({"runner": RunnerConfig(async_rollout=True)}, "pixels goes without runner.async_rollout"),
+        (
+            {"runner": RunnerConfig(async_rollout=True), "algorithm": SACConfig(n_step=3)},
+            "want one after the other",
+        ),
     ],
 )
 def test_who_sees_no_pixels(changes, message):
