@@ -15,6 +15,7 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -109,6 +110,33 @@ def move_aside(folder: Path) -> None:
         aside = folder.with_name(f"{folder.name}-{stamp}")
         folder.rename(aside)
         print(f"moved the earlier {folder.name} to {aside.name}")
+
+
+def run_seeds(
+    doc: str,
+    plain: str,
+    run_seed: Callable[[str, int], dict],
+    run_controls: Callable[[str, int], dict],
+    print_report: Callable[[str, dict], None],
+    print_table: Callable[[list[dict]], None],
+) -> None:
+    """The command line of a demo in the folder `plain`, with several seeds in `plain-seed<N>`."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, default=0, help="of every stage (default 0)")
+    parser.add_argument("--seeds", type=int, nargs="+", help="run them all and print the table")
+    parser.add_argument("--controls", action="store_true", help="also the control runs")
+    args = parser.parse_args()
+    rows = []
+    for seed in args.seeds or [args.seed]:
+        folder = f"{plain}-seed{seed}" if args.seeds else plain
+        rows.append(run_seed(folder, seed))
+        if args.controls:
+            rows[-1]["controls"] = run_controls(folder, seed)
+        print_report(folder, rows[-1])
+    if args.seeds or args.controls:
+        print_table(rows)
+    if args.seeds:
+        save_json(rows, ROOT / "benchmarks" / "results" / f"{Path(plain).name}.json")
 
 
 def print_report(folder: str, summary: dict) -> None:

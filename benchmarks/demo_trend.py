@@ -14,7 +14,6 @@ the table is written to `benchmarks/results/demo_trend.json` too.
 perfect model would pay, and imitation alone, of the episodes that the trained model pays most.
 """
 
-import argparse
 import sys
 import time
 from pathlib import Path
@@ -22,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.demo import move_aside, run_stage  # noqa: E402  the checkout is not installed
+from benchmarks.demo import move_aside, run_seeds, run_stage  # noqa: E402  the checkout is not installed
 from common.files import load_json, save_json  # noqa: E402
 from common.runtime import run_script, versions  # noqa: E402
 from common.trend_report import card_table  # noqa: E402
@@ -168,24 +167,7 @@ def print_table(rows: list[dict]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of every stage (default 0)")
-    parser.add_argument("--seeds", type=int, nargs="+", help="run them all and print the table")
-    parser.add_argument("--controls", action="store_true", help="also RL paid nothing and by the label rule")
-    args = parser.parse_args()
-    rows = []
-    for seed in args.seeds or [args.seed]:
-        folder = f"{PLAIN}-seed{seed}" if args.seeds else PLAIN
-        rows.append(run_demo(folder, seed))
-        if args.controls:
-            rows[-1]["controls"] = run_controls(folder, seed)
-        print_report(folder, rows[-1])
-    if args.seeds or args.controls:
-        print_table(rows)
-    if args.seeds:
-        save_json(rows, ROOT / "benchmarks" / "results" / "demo_trend.json")
+    run_seeds(__doc__, PLAIN, run_demo, run_controls, print_report, print_table)
 
 
 if __name__ == "__main__":

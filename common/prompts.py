@@ -98,6 +98,25 @@ def warn_of_other_task(task: str, meta: dict[str, Any]) -> None:
         )
 
 
+class AskedAboutTask:
+    """Knows the task in words. `meta`: the checkpoint's reward.json."""
+
+    _own_task: str | None  # the config's
+    _env_task = ""
+    meta: dict[str, Any]
+
+    @property
+    def task(self) -> str:
+        """The task in words: the config's, else what the env says of itself."""
+        return self._env_task if self._own_task is None else self._own_task
+
+    @task.setter
+    def task(self, task: str) -> None:
+        if task != self._env_task:
+            self._env_task = task
+            warn_of_other_task(self.task, self.meta)
+
+
 # ----------------------------------------------------------------------------------------------------
 # Answers
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from common.history import HistoryBufferConfig
-from common.prompts import InputBuilderParams, warn_of_other_task
+from common.prompts import AskedAboutTask, InputBuilderParams
 from common.qwen_inputs import QwenInputs, check_frames
 from common.runtime import UserError
 
@@ -80,27 +80,15 @@ class HistoryVLMRewardConfig(VLMConfig):
 Answer = Callable[[dict[str, Tensor], list[str]], Tensor]  # of a piece's frames and tasks, one row each
 
 
-class _Qwen:
+class _Qwen(AskedAboutTask):
     """A loaded model, its inputs, and batches that fit the memory."""
 
     def __init__(self, cfg: VLMConfig, model: nn.Module, inputs: QwenInputs, parser: Any, meta: dict):
         self.cfg, self.model, self.inputs, self.parser, self.meta = cfg, model, inputs, parser, meta
         self.views, self.window = inputs.views, inputs.num_frames
         self._own_task = cfg.input_builder_params.default_task_description
-        self._env_task = ""
         self.micro_batch = cfg.infer_micro_batch_size
         self._halved = False
-
-    @property
-    def task(self) -> str:
-        """The task in words: the config's, else what the env says of itself."""
-        return self._env_task if self._own_task is None else self._own_task
-
-    @task.setter
-    def task(self, task: str) -> None:
-        if task != self._env_task:
-            self._env_task = task
-            warn_of_other_task(self.task, self.meta)
 
     @property
     def device(self) -> torch.device:

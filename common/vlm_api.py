@@ -31,11 +31,11 @@ from common.prompts import (
     INVALID,
     TEMPLATES,
     TREND_TEMPLATE,
+    AskedAboutTask,
     InputBuilderParams,
     Part,
     look_up,
     make_parser,
-    warn_of_other_task,
 )
 from common.qwen_checkpoint import check_meta, read_meta
 from common.runtime import UserError
@@ -177,7 +177,7 @@ def data_url(frame: Tensor, image_format: str) -> str:
 # ----------------------------------------------------------------------------------------------------
 
 
-class ServedVLMRewardModel:
+class ServedVLMRewardModel(AskedAboutTask):
     """Scores by asking a server: `history_vlm` windows (label probabilities) or `vlm` images (a number).
 
     views: keys of the frames; window: frames of a window, None for a model of single images.
@@ -201,7 +201,6 @@ class ServedVLMRewardModel:
         standard = TEMPLATES.get(input_builder_name, TREND_TEMPLATE)
         self.template = self.meta.get("template") or input_builder_params.template or standard
         self._own_task = input_builder_params.default_task_description
-        self._env_task = ""
         self.parser = make_parser(reward_parser_name, reward_parser_params)
         self.labels: tuple[str, ...] | None = getattr(self.parser, "labels", None)
         self.max_new_tokens = max_new_tokens
@@ -209,17 +208,6 @@ class ServedVLMRewardModel:
         self.pool = ThreadPoolExecutor(api.num_concurrent, thread_name_prefix="reward_api")
         self.asks_logprobs = api.logprobs != "off" and self.labels is not None
         self.lock = threading.Lock()  # around the change of mind about logprobs
-
-    @property
-    def task(self) -> str:
-        """The task in words: the config's, else what the env says of itself."""
-        return self._env_task if self._own_task is None else self._own_task
-
-    @task.setter
-    def task(self, task: str) -> None:
-        if task != self._env_task:
-            self._env_task = task
-            warn_of_other_task(self.task, self.meta)
 
     def score(self, frames: dict[str, Tensor], tasks: list[str] | None = None) -> Tensor:
         """frames: view -> (B, K, H, W, 3), for `vlm` (B, H, W, 3), uint8 RGB -> on the CPU, float32,
