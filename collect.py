@@ -289,6 +289,8 @@ def render(cfg: Config, source: Path, run_dir: Path, folder: Path) -> dict:
     paths = list_episodes(source)
     if source.resolve() == folder.resolve():
         raise UserError(f"--render-from {source} would write over what it reads; choose another log_path")
+    if len({path.name for path in paths}) < len(paths):
+        raise UserError(f"--render-from {source}: several folders in it hold episodes of one name; name one")
     config.save(cfg, run_dir / "config.yaml")
     start = time.perf_counter()
     for _ in tqdm(render_episodes(paths, folder, cfg.env.eval), "draw", len(paths), unit="ep"):

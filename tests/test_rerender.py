@@ -1,5 +1,6 @@
 """collect.py --render-from: pictures drawn afterwards are those that would have been taken on the spot."""
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -99,6 +100,10 @@ def test_what_cannot_be_drawn(start, states, drawn):
         with pytest.raises(UserError, match=message):
             start("bad", *changes)
         assert not list(Path("bad").rglob("*.pkl"))
+    for name in ("one", "two"):
+        shutil.copytree(states, Path("both") / name)
+    with pytest.raises(UserError, match="hold episodes of one name"):
+        start("bad", "--render-from", "both")
     with pytest.raises(UserError, match="would write over"):
         start("states", "--render-from", str(states))
 
