@@ -27,7 +27,7 @@ from common.devices import DevicesConfig
 from common.experience import EpisodeStats, Replay, Rollout
 from common.files import gone_if_refused, new_run_dir, save_json
 from common.franka_config import FrankaConfig
-from common.judging import distance_of, make_audit, make_watch, pay
+from common.judging import distance_of, hear, make_audit, make_watch, pay
 from common.log import RunLog
 from common.nets import ActorModelConfig, OptimConfig
 from common.ppo import PPO, PPOConfig
@@ -187,6 +187,7 @@ def train_ppo(cfg: Config, run: Run, agent: PPO, envs, client: RewardClient | No
         EpisodeStats(n, cfg.reward),
         make_watch(cfg.reward, client, n),
     )
+    decision = None if client is None else client.decision(n)
     obs = envs.reset(cfg.runner.seed + run.step)
     while run.running:
         steps, looks = [], []
@@ -207,13 +208,10 @@ def train_ppo(cfg: Config, run: Run, agent: PPO, envs, client: RewardClient | No
         # The verdicts have been coming in while the envs moved; only now are they needed.
         verdict = torch.zeros(algorithm.num_steps, watch.num_slots)
         learned = torch.zeros(verdict.shape, dtype=torch.bool)
-        truth = torch.cat([look.truth for look in looks])
-        for verdicts in client.receive(wait=True) if client is not None else []:
-            verdict.view(-1)[verdicts.keys] = verdicts.model_reward.cpu()
-            learned.view(-1)[verdicts.keys] = verdicts.success.cpu()
-            audit.count(verdicts, truth[: len(verdicts.keys)])
-            truth = truth[len(verdicts.keys) :]
         done = (rollout["terminated"] | rollout["truncated"]).cpu()
+        if client is not None:
+            heard = hear(client, looks, done, decision, audit)
+            verdict, learned = heard.paid, heard.learned
         lengths, bonus = (torch.stack([vars(look)[name] for look in looks]) for name in ("lengths", "bonus"))
         model_reward = pay(cfg.reward, verdict, lengths, bonus, done).to(agent.device)
         reward = combine_reward(

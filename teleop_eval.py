@@ -134,7 +134,7 @@ def drive(cfg: Config, folder: Path, line: StatusLine, judge: LiveJudge | None, 
     elif cfg.reward.standalone_realworld:
         verdict = rewarded_by(judge, env, cfg.reward)
     else:
-        verdict = partial(RewardModelVerdict, judge=Asker(judge, env), threshold=judge.client.threshold)
+        verdict = partial(RewardModelVerdict, judge=Asker(judge, env), decision=judge.client.decision(1))
     with ExitStack() as stack:
         session = stack.enter_context(open_session(env, cfg.devices, line, verdict, runner.seed))
         if judge is not None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from common.envs import Render
-from common.judging import distance_of, judged_inside, look_back, make_audit, make_watch
+from common.judging import distance_of, hear, judged_inside, look_back, make_audit, make_watch
 from common.reward_client import RewardClient
 from common.trend import POSITIVE
 from common.video import Trace
@@ -87,7 +87,7 @@ def evaluate(envs, agent, client: RewardClient | None, num_episodes: int, seed: 
     rows: dict[str, list[Tensor]] = {
         name: [] for name in ("success", "done", "env_reward", "distance", *told)
     }
-    truth = []
+    looks = []
     ended = torch.zeros(envs.num_envs, dtype=torch.long)
     while int(ended.min()) < quota:
         render = watch.render() if watch is not None else Render.NONE
@@ -97,7 +97,8 @@ def evaluate(envs, agent, client: RewardClient | None, num_episodes: int, seed: 
         if watch is not None:
             look = watch.look(step.frames, step.frame_ids, step.success, step.done, distance)
             client.submit(look.data, len(rows["done"]) * watch.num_slots + look.slots)
-            truth.append(look.truth)
+            look.data = {}
+            looks.append(look)
         for name in ("success", "done", "env_reward"):
             rows[name].append(getattr(step, name).cpu())
         for name in told:
@@ -112,21 +113,12 @@ def evaluate(envs, agent, client: RewardClient | None, num_episodes: int, seed: 
         return _by_episode(table, said, quota, False, {})
     if client is None:
         return _by_episode(table, {}, quota, False, {})
-    shape = len(truth), watch.num_slots
-    said = {"paid": torch.zeros(shape)}
-    if not client.cfg.of_windows:
-        said = {"prob": torch.full(shape, torch.nan), "verdict": torch.zeros(shape, dtype=torch.bool)}
-    audit, truth = make_audit(client.cfg), torch.cat(truth)
-    for verdicts in client.receive(wait=True):
-        audit.count(verdicts, truth[: len(verdicts.keys)])
-        truth = truth[len(verdicts.keys) :]
-        if client.cfg.of_windows:
-            said["paid"].view(-1)[verdicts.keys] = verdicts.model_reward.cpu()
-        else:
-            said["prob"].view(-1)[verdicts.keys] = verdicts.success_prob
-            said["verdict"].view(-1)[verdicts.keys] = verdicts.success
+    audit = make_audit(client.cfg)
+    heard = hear(client, looks, table["done"], client.decision(envs.num_envs), audit)
+    of_windows = client.cfg.of_windows
+    said = {"paid": heard.paid} if of_windows else {"prob": heard.score, "verdict": heard.learned}
     last_only = client.cfg.reward_mode == "terminal"
-    return _by_episode(table, said, quota, last_only, audit.metrics("eval") if client.cfg.of_windows else {})
+    return _by_episode(table, said, quota, last_only, audit.metrics("eval") if of_windows else {})
 
 
 def _by_episode(

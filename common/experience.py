@@ -13,7 +13,7 @@ from torch import Tensor
 
 from common.buffers import FIELDS, ReplayBuffer, Transitions, mix_batches, n_step_returns
 from common.envs import EnvSpec
-from common.judging import Look, distance_of, judged_inside, make_audit, make_watch, pay
+from common.judging import Look, distance_of, hear, judged_inside, make_audit, make_watch, pay
 from common.prior import Prior, as_far_as_paid
 from common.reward_client import RewardClient, RewardConfig
 from common.rewards import BootstrapType, Verdicts, combine_reward, no_bootstrap
@@ -29,7 +29,7 @@ class _Taken:
     success: Tensor  # (N,) bool
     done: Tensor  # (N,) bool
     look: Look | None  # None: nobody judges
-    verdict: Tensor  # (B * N,) float32, what the reward model paid for each slot
+    verdict: Tensor  # (B * N,) float32, what the verdict on each slot pays
     learned: Tensor  # (B * N,) bool: called a success
 
 
@@ -55,6 +55,7 @@ class Rollout:
         self.num_envs = envs.num_envs
         self.between_episodes = True  # all envs have just begun one
         self.watch = make_watch(cfg, self.client, self.num_envs)
+        self.decision = None if self.client is None else client.decision(self.num_envs)
         self.audit = make_audit(cfg)
         self.stats = EpisodeStats(self.num_envs, cfg)
         self._fresh: list[_Taken] = []  # since the model was last asked
@@ -64,7 +65,7 @@ class Rollout:
         self._lag = max((buffer.history_size - 1 for buffer in buffers), default=0)
 
     def reset(self, seed: int | None) -> None:
-        """Begin anew; what has been lived through stays to be handed out."""
+        """Begin anew, between episodes; what has been lived through stays to be handed out."""
         self.watch.reset()
         self.obs = self.envs.reset(seed)
 
@@ -130,17 +131,10 @@ class Rollout:
     def _receive(self) -> None:
         asked, self._asked = self._asked, []
         if asked and self.client is not None:
-            verdict = torch.stack([taken.verdict for taken in asked])
-            learned = torch.stack([taken.learned for taken in asked])
-            truth = torch.zeros(verdict.numel(), dtype=asked[0].look.truth.dtype)
-            for number, taken in enumerate(asked):
-                truth[number * self.watch.num_slots + taken.look.slots] = taken.look.truth
-            for verdicts in self.client.receive(wait=True):
-                self.audit.count(verdicts, truth[verdicts.keys])
-                verdict.view(-1)[verdicts.keys] = verdicts.model_reward.cpu()
-                learned.view(-1)[verdicts.keys] = verdicts.success.cpu()
-            for number, taken in enumerate(asked):
-                taken.verdict, taken.learned = verdict[number], learned[number]
+            looks, done = [taken.look for taken in asked], torch.stack([taken.done for taken in asked])
+            heard = hear(self.client, looks, done, self.decision, self.audit)
+            for taken, paid, learned in zip(asked, heard.paid, heard.learned, strict=True):
+                taken.verdict, taken.learned = paid, learned
         for taken in asked:
             self.stats.add(taken.success, taken.done, taken.learned, taken.verdict)
         self._judged.extend(asked)

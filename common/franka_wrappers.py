@@ -22,7 +22,7 @@ from common.devices import AnyKeyboard, Mouse
 from common.franka import FrankaEnv
 from common.franka_config import FrankaConfig
 from common.poses import to_euler_pose, turn_twist
-from common.rewards import Hold, Verdicts
+from common.rewards import Decision
 from common.runtime import UserError
 
 Frames = dict[str, np.ndarray]  # camera -> (128, 128, 3) uint8
@@ -164,56 +164,52 @@ class KeyboardRewardMultiStage(KeyboardReward):
 class RewardModelVerdict(gymnasium.Wrapper):
     """The reward model looks on: info gets success_prob (float, or None where it is late) and verdict (bool).
 
-    judge(frames) -> success_prob, or None; a late verdict is no success.
+    judge(frames) -> success_prob, or None; a late verdict is no success. decision, of one env, says what a
+    score comes to with those before it.
     """
 
-    def __init__(self, env: gymnasium.Env, judge: Judge, threshold: float):
+    def __init__(self, env: gymnasium.Env, judge: Judge, decision: Decision):
         super().__init__(env)
-        self.judge, self.threshold = judge, threshold
+        self.judge, self.decision = judge, decision
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None):
+        self.decision.reset()
+        return self.env.reset(seed=seed, options=options)
 
     def step(self, action: np.ndarray):
         obs, reward, terminated, truncated, info = self.env.step(action)
         prob = self.judge(obs["frames"])
-        info |= {"success_prob": prob, "verdict": self._says_success(prob)}
+        score = torch.tensor([[torch.nan if prob is None else prob]])
+        said = self.decision(score, torch.tensor([[False]]), torch.tensor([[self._may_succeed(info)]]))
+        info |= {"success_prob": prob, "verdict": bool(said)}
         return obs, reward, terminated, truncated, info
 
-    def _says_success(self, prob: float | None) -> bool:
-        if prob is None:
-            return False
-        key = torch.zeros(1, dtype=torch.long)  # the project's one comparison is made for many frames
-        return bool(Verdicts.judge(key, torch.tensor([prob]), self.threshold).success)
+    def _may_succeed(self, info: dict[str, Any]) -> bool:
+        """Whether the step may be a success at all."""
+        return True
 
 
 class RewardModelSuccess(RewardModelVerdict):
     """The reward model pays and ends episodes, in place of the target pose (`standalone_realworld`).
 
-    success = hold_k of the last hold_n steps had a verdict of success (and, with require_in_zone, the gripper
-    at the target pose). It pays 1, less what the step cost for the gripper, and ends the episode.
+    A verdict of success (with require_in_zone only scores with the gripper at the target pose vote for one)
+    pays 1, less what the step cost for the gripper, and ends the episode.
 
-    info, besides: success (bool), true_success (bool: at the target pose now).
+    info, besides: success (bool: the verdict), true_success (bool: at the target pose now).
     """
 
-    def __init__(
-        self,
-        env: gymnasium.Env,
-        judge: Judge,
-        threshold: float,
-        hold_k: int = 1,
-        hold_n: int = 1,
-        require_in_zone: bool = False,
-    ):
-        super().__init__(env, judge, threshold)
-        self.require_in_zone, self.hold = require_in_zone, Hold(hold_k, hold_n)
-
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None):
-        self.hold.reset()
-        return self.env.reset(seed=seed, options=options)
+    def __init__(self, env: gymnasium.Env, judge: Judge, decision: Decision, require_in_zone: bool = False):
+        super().__init__(env, judge, decision)
+        self.require_in_zone = require_in_zone
 
     def step(self, action: np.ndarray):
         obs, _, _, truncated, info = super().step(action)
-        success = self.hold(info["verdict"] and (info["in_zone"] or not self.require_in_zone))
+        success = info["verdict"]
         info |= {"success": success, "true_success": info["in_zone"]}
         return obs, float(success) - info["gripper_penalty"], success, truncated, info
+
+    def _may_succeed(self, info: dict[str, Any]) -> bool:
+        return info["in_zone"] or not self.require_in_zone
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -285,7 +281,7 @@ def wrap_franka(
     keyboard: AnyKeyboard | None = None,
     verdict: Callable[[gymnasium.Env], gymnasium.Env] | None = None,
 ) -> gymnasium.Env:
-    """The env wrapped as `cfg` says. verdict: partial(RewardModelSuccess, judge=..., threshold=...).
+    """The env wrapped as `cfg` says. verdict: partial(RewardModelSuccess, judge=..., decision=...).
 
     UserError where keys and reward model both want to end episodes, or a device that `cfg` wants is missing.
     """

@@ -1,8 +1,9 @@
 """What the reward model is shown of an env step, and what its verdicts pay: frames or windows alike.
 
 A `Watch` looks at every step and says what is to be judged (`Look`). Verdicts come back under `slots`, one
-per env and history buffer; `pay` turns a table of them into model_reward. PPO, SAC, the evaluation and the
-relabelling of recorded episodes all go this way, so a step is paid alike wherever it comes from.
+per env and history buffer; `hear` makes a table of them, decided in order of time, and `pay` turns that into
+model_reward. PPO, SAC, the evaluation and the relabelling of recorded episodes all go this way, so a step is
+paid alike wherever it comes from.
 """
 
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from common.envs import EnvSpec, Render
 from common.geometry import success_distance
 from common.history import HistoryBuffers, spread
 from common.reward_client import RewardClient, RewardConfig
-from common.rewards import Audit, TrendAudit
+from common.rewards import Audit, Decision, TrendAudit, Verdicts, WindowVerdicts, worth
 from common.trend import trend_labels
 
 DISTANCE = "success_distance"
@@ -130,6 +131,50 @@ def judged_inside(spec: EnvSpec) -> bool:
 def distance_of(spec: EnvSpec, obs: Tensor) -> Tensor | None:
     """(N,) float32 metres to success of obs (N, D), None where the task has no rule."""
     return success_distance(spec.task, spec.obs_layout, obs)
+
+
+@dataclass
+class Heard:
+    """What the reward model says of T steps, after the decision."""
+
+    paid: Tensor  # (T, B*N) float32: for each slot, 0 where nothing was asked
+    learned: Tensor  # (T, B*N) bool: called a success; of windows nowhere, a trend is no such verdict
+    score: Tensor  # (T, B*N) float32: success_prob; nan where nothing was asked, and of windows
+
+
+def hear(
+    client: RewardClient,
+    looks: list[Look],
+    done: Tensor,
+    decision: Decision,
+    audit: Audit | TrendAudit,
+    allowed: Tensor | None = None,
+) -> Heard:
+    """Wait for the verdicts on `looks` of T steps in order of time, the next ones after those that `decision`
+    has heard of; count them in `audit`.
+
+    The looks' data has been submitted under the keys t * (B*N) + slot. done, allowed (T, N) bool on the CPU:
+    see `Decision`, which judges frames; windows are worth what the parser says.
+    """
+    shape = len(looks), len(looks[0].lengths)
+    paid, score = torch.zeros(shape), torch.full(shape, torch.nan)
+    learned, truth = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape, dtype=looks[0].truth.dtype)
+    for t, look in enumerate(looks):
+        truth[t, look.slots] = look.truth
+    heard = client.receive(wait=True)
+    for verdicts in heard:
+        if isinstance(verdicts, WindowVerdicts):
+            paid.view(-1)[verdicts.keys] = verdicts.model_reward.cpu()
+        else:
+            score.view(-1)[verdicts.keys] = verdicts.success_prob.cpu()
+    if not client.cfg.of_windows:
+        learned = decision(score, done, allowed)
+        paid = worth(score, learned)
+        flat = [x.view(-1) for x in (score, learned, paid)]
+        heard = [Verdicts(verdicts.keys, *(x[verdicts.keys] for x in flat)) for verdicts in heard]
+    for verdicts in heard:
+        audit.count(verdicts, truth.view(-1)[verdicts.keys])
+    return Heard(paid, learned, score)
 
 
 def pay(cfg: RewardConfig, verdict: Tensor, lengths: Tensor, bonus: Tensor, done: Tensor) -> Tensor:

@@ -13,10 +13,10 @@ from tqdm import tqdm
 from common.buffers import FIELDS, ReplayBuffer, Transitions
 from common.envs import EnvSpec, Render
 from common.episodes import Episode, frame_labels, list_episodes, read_episode, read_frames
-from common.judging import Look, distance_of, judged_inside, look_back, make_audit, make_watch, pay
+from common.judging import Look, distance_of, hear, judged_inside, look_back, make_audit, make_watch, pay
 from common.pixels import seen_views, state_dim, to_pixels
 from common.reward_client import RewardClient, RewardConfig
-from common.rewards import Audit, BootstrapType, Hold, TrendAudit, combine_reward, no_bootstrap
+from common.rewards import Audit, BootstrapType, TrendAudit, combine_reward, no_bootstrap
 from common.runtime import UserError
 
 
@@ -81,11 +81,12 @@ def prior_buffer(
     env_reward, done, terminated, truncated = (
         transitions.pop(name) for name in ("env_reward", "done", "terminated", "truncated")
     )
-    model_reward = _recorded_reward(client, watch, looks, done, cfg, audit) if looks else env_reward * 0
+    model_reward, success = env_reward * 0, torch.zeros_like(done)
+    if looks:
+        allowed = torch.cat(in_zone) if cfg.require_in_zone else torch.ones_like(done)
+        model_reward, success = _recorded_reward(client, looks, done, allowed, audit)
     weights = cfg.env_reward_weight, cfg.reward_weight
     if judged_inside(spec):
-        allowed = torch.cat(in_zone) if cfg.require_in_zone else torch.ones_like(done)
-        success = held((model_reward > 0) & allowed, done, Hold(cfg.hold_k, cfg.hold_n))
         terminated, truncated = success, (terminated | truncated) & ~success
         env_reward, weights = success.float(), (1.0, 0.0)
     transitions["reward"] = combine_reward(env_reward, model_reward, *weights)
@@ -94,17 +95,6 @@ def prior_buffer(
     buffer = ReplayBuffer(size, obs_dim, transitions["action"].shape[1], device)
     buffer.add(**transitions)
     return Prior(buffer, [len(part["obs"]) for part in parts], audit)
-
-
-def held(success: Tensor, done: Tensor, hold: Hold) -> Tensor:
-    """(T,) bool: what `hold` makes of success (T,) in the episodes that end where done (T,) is."""
-    out = []
-    hold.reset()
-    for verdict, last in zip(success.tolist(), done.tolist(), strict=True):
-        out.append(hold(verdict))
-        if last:
-            hold.reset()
-    return torch.tensor(out, dtype=torch.bool, device=success.device)
 
 
 class Prior(NamedTuple):
@@ -149,18 +139,16 @@ def _with_pixels(states: Tensor, path: Path, spec: EnvSpec) -> Tensor:
     return torch.cat([states, to_pixels(frames, views, side)], dim=1)
 
 
-def _recorded_reward(client, watch, looks: list[Look], done: Tensor, cfg, audit) -> Tensor:
-    """model_reward (T,) of recorded steps, whose looks have been submitted in order."""
-    truth = torch.cat([look.truth for look in looks])
-    verdict = torch.zeros(len(looks), watch.num_slots)
-    row = 0
-    for verdicts in client.receive(wait=True):
-        audit.count(verdicts, truth[row : row + len(verdicts.keys)])
-        row += len(verdicts.keys)
-        verdict.view(-1)[verdicts.keys] = verdicts.model_reward.cpu()
+def _recorded_reward(
+    client: RewardClient, looks: list[Look], done: Tensor, allowed: Tensor, audit: Audit | TrendAudit
+) -> tuple[Tensor, Tensor]:
+    """model_reward (T,) of recorded steps, whose looks have been submitted in order, and where one of them
+    was called a success (T,); done, allowed (T,): see `hear`."""
+    heard = hear(client, looks, done[:, None], client.decision(1), audit, allowed[:, None])
     audit.step(len(looks))
     lengths, bonus = (torch.stack([getattr(look, name) for look in looks]) for name in ("lengths", "bonus"))
-    return pay(cfg, verdict, lengths, bonus, done[:, None]).squeeze(1)
+    reward = pay(client.cfg, heard.paid, lengths, bonus, done[:, None]).squeeze(1)
+    return reward, heard.learned.any(1)
 
 
 def _check_prior(episode: Episode, spec: EnvSpec, client: RewardClient | None) -> None:

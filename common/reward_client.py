@@ -29,7 +29,7 @@ from common.prompts import make_parser
 from common.qwen_reward import VLMConfig
 from common.resnet_reward import ResNetRewardConfig
 from common.reward_models import OF_WINDOWS, HistoryOracleConfig, RewardModelConfig, load_reward_model
-from common.rewards import Verdicts, WindowVerdicts
+from common.rewards import Decision, Verdicts, WindowVerdicts
 from common.runtime import UserError
 from common.vlm_api import ApiConfig
 
@@ -44,10 +44,13 @@ class RewardConfig:
     reward_threshold: float | Literal["auto"] = "auto"  # auto: the one stored with the model
     reward_weight: float = 1.0
     env_reward_weight: float = 0.0
+    # How scores become verdicts (common.rewards.Decision), of per_step frames alone:
+    hold_k: int = 1  # a success needs so many votes for it ...
+    hold_n: int = 1  # ... among the episode's last so many
+    leave_threshold: float | None = None  # once a success, so high a score keeps it one; null: the threshold
+    abstain_band: list[float] | None = None  # [low, high]: scores between them pay nothing and do not vote
     standalone_realworld: bool = False  # at an arm: the verdict pays and ends episodes inside the env ...
-    hold_k: int = 1  # ... once so many verdicts of success ...
-    hold_n: int = 1  # ... have come in so many steps ...
-    require_in_zone: bool = False  # ... with the gripper at the target pose
+    require_in_zone: bool = False  # ... where only frames with the gripper at the target pose vote for it
     use_reward_prob: bool = False  # teleop_eval.py: show the probability beside the verdict
     history_reward_assign: bool = False  # pay a window's reward to each of its steps, not to the last alone
     verdict_every: int = 1  # env steps of SAC between two asks of the model: larger batches, later verdicts
@@ -64,7 +67,7 @@ class RewardConfig:
             raise ValueError(f"verdict_every must be at least 1, got {self.verdict_every}")
         if self.api is not None and not isinstance(self.model, VLMConfig):
             raise ValueError(f"reward.api serves vlm and history_vlm, not {self.model.model_type}")
-        self._check_hold()
+        self._check_decision()
         self._check_placement()
         elsewhere = self.is_oracle or self.linked or self.api is not None
         if self.use_reward_model and not self.model_files and not elsewhere:
@@ -78,13 +81,24 @@ class RewardConfig:
         if self.history_reward_assign and not self.of_windows:
             raise ValueError("history_reward_assign is for reward_mode history_buffer; frames have no past")
 
-    def _check_hold(self) -> None:
+    def _check_decision(self) -> None:
         if not 1 <= self.hold_k <= self.hold_n:
             raise ValueError(
                 f"hold_k of hold_n steps needs 1 <= hold_k <= hold_n, got {self.hold_k} of {self.hold_n}"
             )
-        if (self.hold_n > 1 or self.require_in_zone) and not self.standalone_realworld:
-            raise ValueError("hold_k, hold_n and require_in_zone go with standalone_realworld: true")
+        if self.leave_threshold is not None and not 0 <= self.leave_threshold <= 1:
+            raise ValueError(f"leave_threshold must lie in [0, 1], got {self.leave_threshold}")
+        band = self.abstain_band
+        if band is not None and not (len(band) == 2 and 0 <= band[0] < band[1] <= 1):
+            raise ValueError(f"abstain_band must be [low, high] with 0 <= low < high <= 1, got {band}")
+        remembers = self.hold_n > 1 or self.leave_threshold is not None or band is not None
+        if remembers and self.reward_mode != "per_step" and not self.standalone_realworld:
+            raise ValueError(
+                "hold_k, hold_n, leave_threshold and abstain_band judge one frame after another, which is "
+                f"reward_mode per_step, not {self.reward_mode}"
+            )
+        if self.require_in_zone and not self.standalone_realworld:
+            raise ValueError("require_in_zone goes with standalone_realworld: true")
 
     def _check_placement(self) -> None:
         if self.placement in ("auto", "inline", "worker"):
@@ -214,6 +228,12 @@ class RewardClient:
         parts = [vars(part) for part in self.receive(wait=True)]
         kind = WindowVerdicts if self.cfg.of_windows else Verdicts
         return kind(**{name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+
+    def decision(self, num_envs: int) -> Decision:
+        """How this model's scores become verdicts, for envs at the begin of an episode."""
+        cfg = self.cfg
+        rule = {name: vars(cfg)[name] for name in ("hold_k", "hold_n", "leave_threshold", "abstain_band")}
+        return Decision(self.threshold, num_envs, **rule)
 
     def check_envs(self, spec: EnvSpec) -> None:
         """UserError with each difference from the frames the model was trained on, and from their rate where

@@ -1,6 +1,7 @@
 """From a reward model's probability to the number the learner is told: pure functions, one for each rule.
 
-    success      = success_prob >= reward_threshold             (the one verdict; metrics.py counts by it)
+    success      = success_prob >= reward_threshold             (one frame; metrics.py counts by it)
+    success      = what `Decision` makes of that, step after step, where it is told to remember
     model_reward = success_prob where success, else 0
     reward       = env_reward_weight * env_reward + reward_weight * model_reward
 
@@ -10,7 +11,6 @@ a parser says what that is worth (`common.prompts`), and the reward lands on the
 `history_reward_assign`, on every step of it. Semantics follow RLinf's env worker.
 """
 
-from collections import deque
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,9 +18,20 @@ import torch
 from torch import Tensor
 
 from common.prompts import likeliest
+from common.runtime import UserError
 from common.trend import LABELS, NEGATIVE, POSITIVE
 
 BootstrapType = Literal["standard", "always", "none"]
+
+
+def reaches(success_prob: Tensor, threshold: float | Tensor) -> Tensor:
+    """Bool: the one comparison of a score with a threshold; nan reaches none."""
+    return success_prob >= threshold
+
+
+def worth(success_prob: Tensor, success: Tensor) -> Tensor:
+    """model_reward of frames; a success whose own score never came (nan) is paid nothing."""
+    return torch.where(success, success_prob.nan_to_num(0.0), 0.0)
 
 
 @dataclass
@@ -34,8 +45,8 @@ class Verdicts:
 
     @classmethod
     def judge(cls, keys: Tensor, success_prob: Tensor, threshold: float) -> "Verdicts":
-        success = success_prob >= threshold
-        return cls(keys, success_prob, success, torch.where(success, success_prob, 0.0))
+        success = reaches(success_prob, threshold)
+        return cls(keys, success_prob, success, worth(success_prob, success))
 
 
 @dataclass
@@ -49,30 +60,76 @@ class WindowVerdicts:
     label: Tensor  # (M,) int64 index into the parser's labels, prompts.INVALID for none of them
     model_reward: Tensor  # (M,) float32
 
-    @property
-    def success(self) -> Tensor:
-        """(M,) bool, nowhere: a trend is no verdict on success."""
-        return torch.zeros(len(self.keys), dtype=torch.bool)
-
     @classmethod
     def judge(cls, keys: Tensor, label_prob: Tensor, parser) -> "WindowVerdicts":
         return cls(keys, label_prob, likeliest(label_prob), parser.reward(label_prob))
 
 
-class Hold:
-    """k of the last n steps: a single verdict may be a mistake."""
+class Decision:
+    """From the scores of N envs to their verdicts, in order of time: a single score may be a mistake.
 
-    def __init__(self, k: int, n: int):
-        self.k, self._last = k, deque(maxlen=n)
+    A score votes for success where it reaches `threshold`; while the verdict stands, `leave_threshold` is
+    enough (hysteresis). The verdict is success where `hold_k` of an env's last `hold_n` votes of this episode
+    are for it. A score in `abstain_band` (low <= score < high) is no success and casts no vote: it pays
+    nothing, and the votes before it stay the last ones. nan, a score that never came, votes against.
+
+    With the defaults the verdict is `success_prob >= threshold`, and nothing is remembered. UserError where
+    the bounds do not lie around the threshold.
+    """
+
+    def __init__(
+        self,
+        threshold: float,
+        num_envs: int = 1,
+        hold_k: int = 1,
+        hold_n: int = 1,
+        leave_threshold: float | None = None,
+        abstain_band: list[float] | None = None,
+    ):
+        if leave_threshold is not None and leave_threshold > threshold:
+            raise UserError(
+                f"reward.leave_threshold {leave_threshold} lies above the threshold {threshold}; lower it"
+            )
+        if abstain_band is not None and not abstain_band[0] <= threshold <= abstain_band[1]:
+            raise UserError(
+                f"reward.abstain_band {abstain_band} must lie around the threshold, which is {threshold}"
+            )
+        self.threshold, self.hold_k = threshold, hold_k
+        self.leave_threshold = threshold if leave_threshold is None else leave_threshold
+        self.abstain_band = abstain_band
+        self.remembers = hold_n > 1 or leave_threshold is not None
+        self._votes = torch.zeros(hold_n, num_envs, dtype=torch.bool)  # the newest last
+        self._stands = torch.zeros(num_envs, dtype=torch.bool)  # the verdict
 
     def reset(self) -> None:
-        """Another episode begins."""
-        self._last.clear()
+        """All envs begin an episode."""
+        self._votes.zero_()
+        self._stands.zero_()
 
-    def __call__(self, success: bool) -> bool:
-        """What a step's verdict comes to, with those before it."""
-        self._last.append(success)
-        return sum(self._last) >= self.k
+    def __call__(self, success_prob: Tensor, done: Tensor, allowed: Tensor | None = None) -> Tensor:
+        """The verdict (T, N) bool on T steps that follow those before, of success_prob (T, N).
+
+        done (T, N) bool: the episode ends there, and nothing of it is remembered. allowed (T, N) bool: where
+        a vote for success may be cast. All on the CPU.
+        """
+        abstains = torch.zeros_like(done)
+        if self.abstain_band is not None:
+            low, high = self.abstain_band
+            abstains = reaches(success_prob, low) & ~reaches(success_prob, high)
+        allowed = torch.ones_like(done) if allowed is None else allowed
+        if not self.remembers:
+            return reaches(success_prob, self.threshold) & allowed & ~abstains
+        rows = [self._step(*row) for row in zip(success_prob, allowed, abstains, done, strict=True)]
+        return torch.stack(rows)
+
+    def _step(self, success_prob: Tensor, allowed: Tensor, abstains: Tensor, done: Tensor) -> Tensor:
+        needed = torch.where(self._stands, self.leave_threshold, self.threshold)
+        vote = reaches(success_prob, needed) & allowed
+        self._votes = torch.where(abstains, self._votes, torch.cat([self._votes[1:], vote[None]]))
+        self._stands = self._votes.sum(0) >= self.hold_k
+        success = self._stands & ~abstains
+        self._votes, self._stands = self._votes & ~done, self._stands & ~done
+        return success
 
 
 def combine_reward(

@@ -121,9 +121,7 @@ def rewarded_by(
     return partial(
         RewardModelSuccess,
         judge=Asker(judge, cfg, learns),
-        threshold=judge.client.threshold,
-        hold_k=reward.hold_k,
-        hold_n=reward.hold_n,
+        decision=judge.client.decision(1),
         require_in_zone=reward.require_in_zone,
     )
 

@@ -24,6 +24,7 @@ from common.franka_wrappers import (
     wrap_franka,
 )
 from common.poses import moved, pose_error, to_quat_pose
+from common.rewards import Decision
 from common.runtime import UserError
 from tests.real_doubles import ToyArm, ToyCamera, ToyClock
 
@@ -283,7 +284,9 @@ class ScriptedJudge:
 def judged(probs: list[float | None], where: str = "away", **rule) -> list[tuple]:
     """-> (reward, terminated, info["success"], info["success_prob"]) of a step per probability. `where` has a
     letter per step: i in the zone, o outside; `away` is outside all the time."""
-    env = RewardModelSuccess(franka(), ScriptedJudge(probs), **{"threshold": 0.5, **rule})
+    in_zone = rule.pop("require_in_zone", False)
+    decision = Decision(**{"threshold": 0.5, **rule})
+    env = RewardModelSuccess(franka(), ScriptedJudge(probs), decision, in_zone)
     env.reset(seed=0)
     results = []
     for number in range(len(probs)):
@@ -330,7 +333,7 @@ def test_k_of_n_steps_make_a_success():
 
 
 def test_a_reset_forgets_the_verdicts():
-    env = RewardModelSuccess(franka(), ScriptedJudge([0.9, 0.9, 0.9]), 0.5, hold_k=2, hold_n=2)
+    env = RewardModelSuccess(franka(), ScriptedJudge([0.9, 0.9, 0.9]), Decision(0.5, hold_k=2, hold_n=2))
     env.reset(seed=0)
     env.step(np.zeros(7))
     env.reset()
@@ -345,7 +348,7 @@ def test_the_pose_may_have_to_agree():
 
 
 def test_the_gripper_still_costs():
-    env = RewardModelSuccess(franka(), ScriptedJudge([0.9, 0.1]), 0.5)
+    env = RewardModelSuccess(franka(), ScriptedJudge([0.9, 0.1]), Decision(0.5))
     env.reset(seed=0)
     close, opened = np.array([0, 0, 0, 0, 0, 0, -1.0]), np.array([0, 0, 0, 0, 0, 0, 1.0])
     assert env.step(close)[1:3] == (0.9, True)
@@ -354,7 +357,7 @@ def test_the_gripper_still_costs():
 
 def test_the_judge_sees_the_frames_of_the_step():
     judge = ScriptedJudge([0.1])
-    env = RewardModelSuccess(franka(cameras={"front": ToyCamera(3)}), judge, 0.5)
+    env = RewardModelSuccess(franka(cameras={"front": ToyCamera(3)}), judge, Decision(0.5))
     env.reset(seed=0)
     obs = env.step(np.zeros(7))[0]
     assert judge.seen[0]["front"] is obs["frames"]["front"]
@@ -517,14 +520,14 @@ def test_the_order_of_the_wrappers():
         keyboard=ScriptedKeyboard([]), keyboard_reward_wrapper="multi_stage", use_relative_frame=False
     )
     assert names(env) == ["FrankaEnv", "KeyboardRewardMultiStage", "Quat2Euler"]
-    env = wrapped(verdict=partial(RewardModelSuccess, judge=ScriptedJudge([]), threshold=0.2))
+    env = wrapped(verdict=partial(RewardModelSuccess, judge=ScriptedJudge([]), decision=Decision(0.2)))
     assert names(env) == ["FrankaEnv", "RewardModelSuccess", "RelativeFrame", "Quat2Euler"]
     env = wrapped(mouse=ScriptedMouse([]), keyboard=ScriptedKeyboard([]))  # devices nobody asked for
     assert names(env) == ["FrankaEnv", "RelativeFrame", "Quat2Euler"]
 
 
 def test_what_does_not_go_together_is_refused():
-    verdict = partial(RewardModelSuccess, judge=ScriptedJudge([]), threshold=0.2)
+    verdict = partial(RewardModelSuccess, judge=ScriptedJudge([]), decision=Decision(0.2))
     with pytest.raises(UserError, match="set one of them to false or null"):
         wrapped(keyboard=ScriptedKeyboard([]), verdict=verdict, keyboard_reward_wrapper="single_stage")
     with pytest.raises(UserError, match="use_spacemouse is on, but no mouse"):

@@ -15,6 +15,7 @@ from common.franka import FrankaEnv
 from common.franka_config import FrankaConfig, FrankaTaskConfig
 from common.franka_wrappers import RewardModelSuccess, wrap_franka
 from common.reward_link import LiveVerdict
+from common.rewards import Decision
 from common.robot_envs import Asker, RobotEnvs, check_pictures, need_camera, render_facts, view_cameras
 from common.runtime import UserError
 from common.scenes import DataCollectionConfig
@@ -101,7 +102,7 @@ def test_the_operators_action_is_the_one_that_counts(tmp_path):
 def test_a_verdict_inside_the_env_stays_apart_from_the_truth():
     """The reward model takes the third frame for a success, which it is not."""
     judge = iter([0.1, 0.2, 0.9])
-    envs = make(verdict=partial(RewardModelSuccess, judge=lambda frames: next(judge), threshold=0.5))
+    envs = make(verdict=partial(RewardModelSuccess, judge=lambda frames: next(judge), decision=Decision(0.5)))
     envs.reset(seed=0)
     steps = [envs.step(DOWN) for _ in range(3)]
     assert [bool(s.terminated) for s in steps] == [False, False, True]

@@ -41,6 +41,7 @@ from common.processes import WorkerError
 from common.resnet_reward import ResNetRewardConfig, ResNetRewardModel
 from common.reward_client import RewardClient, RewardConfig
 from common.reward_link import make_judge
+from common.rewards import Decision
 from common.robot_envs import rewarded_by
 from common.robot_run import HelpingOperator, OperatedEnvs, open_robot
 from common.run import Run, RunnerConfig
@@ -77,7 +78,7 @@ def toy_envs(
     cfg = FrankaConfig(override_cfg=task, cameras=MAIN, use_spacemouse=True, **(settings | changes))
     arm = ToyArm(task.reset_pose(), lose_control_at=lose_control_at)
     env = FrankaEnv(cfg, arm, {"main_images": ToyCamera()})
-    verdict = None if judge is None else partial(RewardModelSuccess, judge=judge, threshold=0.5)
+    verdict = None if judge is None else partial(RewardModelSuccess, judge=judge, decision=Decision(0.5))
     keyboard = ScriptedKeyboard(list(keys))
     wrapped = wrap_franka(env, cfg, ScriptedMouse(list(mouse)), keyboard, verdict)
     session = Session(wrapped, cfg, keyboard, StatusLine(every_s=1000), answers)
@@ -422,8 +423,11 @@ def test_what_an_arm_refuses(tmp_path, changes, message):
     [
         ({"hold_k": 3, "hold_n": 2}, "got 3 of 2"),
         ({"hold_k": 0}, "got 0 of 1"),
-        ({"hold_n": 2, "standalone_realworld": False}, "go with standalone_realworld"),
-        ({"require_in_zone": True, "standalone_realworld": False}, "go with standalone_realworld"),
+        (
+            {"hold_n": 2, "standalone_realworld": False, "reward_mode": "terminal"},
+            "reward_mode per_step, not terminal",
+        ),
+        ({"require_in_zone": True, "standalone_realworld": False}, "goes with standalone_realworld"),
     ],
 )
 def test_a_hold_must_be_possible(changes, message):

@@ -1,0 +1,176 @@
+"""From scores to verdicts: k of n, hysteresis and the abstain band, by hand and wherever they are paid."""
+
+import pytest
+import torch
+from doubles import CountingEnvs, StillAgent, reward_config, use_fake_model
+from test_experience import CPU, SPEC, ppo_rollouts, rollout_of, step_once, told, write
+from torch import Tensor, tensor
+
+from common.evaluation import evaluate
+from common.prior import prior_buffer
+from common.reward_client import RewardClient
+from common.rewards import Decision, reaches
+from common.runtime import UserError
+
+NAN = float("nan")
+
+
+def decided(scores: list[float], ends: tuple[int, ...] = (), **rule) -> str:
+    """The verdicts of one env as letters: S success, . none; the episode ends at the steps `ends`."""
+    decision = Decision(rule.pop("threshold", 0.5), **rule)
+    done = tensor([[t in ends] for t in range(len(scores))])
+    whole = decision(tensor(scores)[:, None], done)[:, 0]
+    decision.reset()
+    # how the steps are cut into calls changes nothing
+    parts = [decision(tensor([[score]]), last[None]) for score, last in zip(scores, done, strict=True)]
+    assert torch.cat(parts)[:, 0].equal(whole)
+    return "".join("S" if success else "." for success in whole)
+
+
+def test_without_options_a_score_is_its_own_verdict():
+    score = torch.rand(50, 7, generator=torch.Generator().manual_seed(0))
+    score[3, 2] = NAN
+    decision = Decision(0.5, num_envs=7)
+    assert decision(score, torch.zeros(50, 7, dtype=torch.bool)).equal(reaches(score, 0.5))
+    assert not decision.remembers
+
+
+@pytest.mark.parametrize(
+    ("rule", "scores", "verdicts"),
+    [
+        ({"hold_k": 2, "hold_n": 2}, [0.9, 0.1, 0.9, 0.5, 0.4], "...S."),
+        ({"hold_k": 2, "hold_n": 3}, [0.9, 0.1, 0.9, 0.1, 0.1, 0.9, 0.9], "..S...S"),
+        ({"hold_k": 3, "hold_n": 4}, [0.9, 0.1, 0.9, 0.1, 0.1, 0.9, 0.9, 0.1, 0.9], "........S"),
+        ({"hold_k": 2, "hold_n": 2}, [0.9, NAN, 0.9, 0.9], "...S"),  # a score that never came
+        ({"leave_threshold": 0.3}, [0.4, 0.5, 0.3, 0.4, 0.29, 0.4, 0.6], ".SSS..S"),
+        ({"leave_threshold": 0.3}, [0.6, NAN, 0.4], "S.."),
+        # while the verdict stands, 0.3 is a vote for it
+        ({"hold_k": 2, "hold_n": 2, "leave_threshold": 0.3}, [0.6, 0.4, 0.6, 0.6, 0.4, 0.4, 0.2], "...SSS."),
+        ({"abstain_band": [0.2, 0.8]}, [0.5, 0.79, 0.8, 0.5, 0.1, 0.2], "..S..."),
+        # the two votes around an abstention are neighbours
+        ({"abstain_band": [0.2, 0.8], "hold_k": 2, "hold_n": 2}, [0.9, 0.5, 0.9, 0.5, 0.9, 0.1], "..S.S."),
+    ],
+)
+def test_verdicts_by_hand(rule, scores, verdicts):
+    assert decided(scores, **rule) == verdicts
+
+
+def test_an_episode_knows_nothing_of_the_one_before():
+    assert decided([0.9] * 5, ends=(1,), hold_k=2, hold_n=2) == ".S.SS"
+    assert decided([0.9, 0.4, 0.4], ends=(1,), leave_threshold=0.3) == "SS."
+
+
+def test_envs_are_decided_apart():
+    decision = Decision(0.5, 2, hold_k=2, hold_n=2)
+    score, done = (
+        tensor([[0.9, 0.1], [0.9, 0.9], [0.9, 0.9]]),
+        tensor([[False, False], [True, False], [False] * 2]),
+    )
+    assert decision(score, done).tolist() == [[False, False], [True, False], [False, True]]
+
+
+def test_what_may_not_succeed_votes_against():
+    decision = Decision(0.5, hold_k=2, hold_n=2)
+    allowed = tensor([[False], [True], [True]])
+    assert decision(tensor([[0.9]] * 3), tensor([[False]] * 3), allowed).tolist() == [
+        [False],
+        [False],
+        [True],
+    ]
+
+
+def test_bounds_that_do_not_fit_the_threshold():
+    with pytest.raises(UserError, match=r"leave_threshold 0\.6 lies above the threshold 0\.5"):
+        Decision(0.5, leave_threshold=0.6)
+    with pytest.raises(UserError, match=r"must lie around the threshold, which is 0\.5"):
+        Decision(0.5, abstain_band=[0.6, 0.8])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hold_k": 3, "hold_n": 2}, "got 3 of 2"),
+        ({"hold_n": 2, "reward_mode": "terminal"}, "reward_mode per_step, not terminal"),
+        ({"leave_threshold": 1.5}, r"leave_threshold must lie in \[0, 1\]"),
+        ({"abstain_band": [0.8, 0.2]}, "0 <= low < high <= 1"),
+        ({"abstain_band": [0.8]}, "0 <= low < high <= 1"),
+    ],
+)
+def test_what_the_config_refuses(changes, message):
+    with pytest.raises(ValueError, match=message):
+        reward_config(**({"reward_mode": "per_step"} | changes))
+
+
+# ----------------------------------------------------------------------------------------------------
+# Wherever verdicts are paid: 2 of the last 2. Env 0's episodes have 3 steps, env 1's 4.
+
+SCORES = {0: [60, 70, 20], 1: [80, 10, 90, 50]}
+HELD = {0: [0, 0.7, 0], 1: [0, 0, 0, 0.5]}
+TRUE = frozenset({(0, k, 2) for k in range(9)} | {(1, k, 1) for k in range(9)})
+
+
+@pytest.fixture
+def fake_model(monkeypatch):
+    use_fake_model(monkeypatch)
+
+
+def counting() -> CountingEnvs:
+    return CountingEnvs(
+        [[3], [4]], successes=TRUE, pixel=lambda env, episode, t: 99 if t == 0 else SCORES[env][t - 1]
+    )
+
+
+def held(steps: int) -> Tensor:
+    """(T, 2): what each step is to be paid."""
+    return tensor([[HELD[env][t % len(HELD[env])] for env in (0, 1)] for t in range(steps)])
+
+
+@pytest.mark.parametrize("placement", ["inline", "worker"])
+@pytest.mark.parametrize("verdict_every", [1, 3, 5])
+def test_the_rollout_holds(fake_model, verdict_every, placement):
+    """Episodes end within a batch of verdicts and across two; batches are longer than a worker's chunk."""
+    rule = {"hold_k": 2, "hold_n": 2, "reward_mode": "per_step"}
+    rollout = rollout_of(counting(), verdict_every=verdict_every, placement=placement, **rule)
+    with rollout.client:
+        batches = [batch for _ in range(12) for batch in step_once(rollout)] + list(rollout.drain())
+    torch.testing.assert_close(torch.stack([batch["reward"] for batch in batches]), held(12))
+    assert [row[0] for row in told(batches)][:4] == [(0, 0, 0), (1, 0, 0), (0, 0, 1), (1, 0, 1)]
+    metrics = rollout.metrics()
+    # env 0 is called a success where it is one, in 4 episodes; env 1 where it is none, in 3
+    assert metrics["reward/precision"] == 4 / 7 and metrics["reward/recall"] == 4 / 7
+    assert metrics["reward/false_positives_per_1000_steps"] == 1000 * 3 / 24
+    assert metrics["reward/model_reward_mean"] == pytest.approx(float(held(12).mean()))
+    assert metrics["rollout/learned_success"] == 1.0
+
+
+def test_ppo_holds_across_rollouts(fake_model):
+    """Rollouts of 2 steps: both votes of env 0's first success lie in one, those of env 1's last in two."""
+    rollouts, _ = ppo_rollouts(counting(), 2, 24, reward_mode="per_step", hold_k=2, hold_n=2)
+    torch.testing.assert_close(torch.cat([rollout["reward"] for rollout in rollouts]), held(12))
+
+
+def test_the_evaluation_holds(fake_model):
+    cfg = reward_config(reward_mode="per_step", hold_k=2, hold_n=2)
+    result = evaluate(counting(), StillAgent(), RewardClient(cfg), num_episodes=2, seed=0)
+    assert result.learned.tolist() == [1, 1]
+    assert result.false_positives == 1  # the last frame of env 1's episode
+    cfg = reward_config(reward_mode="per_step", hold_k=3, hold_n=3)
+    result = evaluate(counting(), StillAgent(), RewardClient(cfg), num_episodes=2, seed=0)
+    assert result.learned.tolist() == [0, 0] and result.metrics["eval/hack_gap"] == -100.0
+
+
+def test_prior_data_is_held(fake_model, tmp_path):
+    write(tmp_path, 0, [90, 60, 80, 20, 70], [False] * 4)
+    write(tmp_path, 1, [90, 60, 60], [False, True])
+    cfg = reward_config(reward_mode="per_step", hold_k=2, hold_n=2)
+    buffer, _, audit = prior_buffer([str(tmp_path)], SPEC, RewardClient(cfg), cfg, "standard", CPU)
+    torch.testing.assert_close(buffer.reward, tensor([0, 0.8, 0, 0, 0, 0.6]))
+    assert audit.metrics("prior")["prior/precision"] == 1 / 2
+
+
+def test_a_frame_that_pays_for_others_votes_is_paid_its_own_score(fake_model):
+    """2 of 3: the step after two votes pays, though its own score (0.2) is below the threshold."""
+    rollout = rollout_of(counting(), reward_mode="per_step", hold_k=2, hold_n=3)
+    batches = [batch for _ in range(3) for batch in step_once(rollout)] + list(rollout.drain())
+    expected = tensor([[0, 0], [0.7, 0], [0.2, 0.9]])
+    torch.testing.assert_close(torch.stack([batch["reward"] for batch in batches]), expected)
