@@ -173,6 +173,7 @@ def record_traces(envs, agent, client: RewardClient | None, num_episodes: int, s
     render[:num_shown] = int(Render.ALWAYS)
     truth, done, distance = [torch.zeros(envs.num_envs, dtype=torch.bool)], [], []
     prob = [torch.full((envs.num_envs,), torch.nan)]
+    said = [torch.zeros(envs.num_envs, dtype=torch.bool)]
     while not done or not torch.stack(done)[:, :num_shown].any(0).all():
         step = envs.step(agent.act(obs, deterministic=True).clamp(-1, 1).to(envs.device), render)
         obs = step.obs
@@ -181,6 +182,7 @@ def record_traces(envs, agent, client: RewardClient | None, num_episodes: int, s
         done.append(step.done.cpu())
         distance.append(distance_of(envs.spec, step.next_obs))
         prob.append(step.info["success_prob"].cpu() if inside else prob[0])
+        said.append(step.info["learned_success"].cpu() if inside else said[0])
     ends = torch.stack(done).int().argmax(0) + 2  # frames in the first episode of each env
     traces = []
     for env in range(num_shown):
@@ -188,11 +190,16 @@ def record_traces(envs, agent, client: RewardClient | None, num_episodes: int, s
         succeeded = torch.stack(truth)[: ends[env], env]
         score = torch.stack(prob)[: ends[env], env].numpy()
         trace = Trace(mine["main_images"].cpu().numpy(), score, succeeded.numpy(), "")
+        if inside:
+            trace.said = torch.stack(said)[: ends[env], env].numpy()
         if client is not None and client.cfg.of_windows:
             metres = None if distance[0] is None else torch.stack(distance)[: ends[env] - 1, env].cpu()
             _judge_windows(trace, client, mine, metres)
         elif client is not None:
-            trace.score = client.score({view: mine[view] for view in client.views}).success_prob.numpy()
+            scores = client.score({view: mine[view] for view in client.views}).success_prob
+            first = torch.arange(len(scores)) == 0  # the reset's frame, of which nothing is remembered
+            trace.score = scores.numpy()
+            trace.said = client.decision(1)(scores[:, None], first[:, None])[:, 0].numpy()
         traces.append(trace)
     if num_shown < num_episodes:
         traces += record_traces(envs, agent, client, num_episodes - num_shown, seed + 1)

@@ -80,7 +80,9 @@ class LiveTrace:
         for episode in np.unique(arrays["episode"]):
             mine = arrays["episode"] == episode
             truth = arrays["truth"][mine] == 1
-            traces.append(Trace(frames[mine], arrays["prob"][mine], truth, f"episode {episode}"))
+            trace = Trace(frames[mine], arrays["prob"][mine], truth, f"episode {episode}")
+            trace.said = arrays["verdict"][mine]
+            traces.append(trace)
         save_video(traces, threshold, folder / "trace.mp4", round(rate_hz))
         plot_scores(traces, threshold, folder / "scores.png")
 

@@ -38,7 +38,9 @@ class ResNetRewardConfig:
     """`reward.model` in RL, `actor.model` in training. A checkpoint folder says what is null here."""
 
     model_type: Literal["resnet"] = "resnet"
-    model_path: str | None = None  # checkpoint folder or bare state dict (.pt, .safetensors); null: fresh
+    # checkpoint folder or bare state dict (.pt, .safetensors); null: fresh; in RL several may judge together
+    model_path: str | list[str] | None = None
+    ensemble: Literal["min", "mean"] = "min"  # what the success_prob of several models come to
     arch: Arch | None = None  # null: resnet18; resnet10 is ours, small, for CPUs
     pretrained: bool = False  # start from torchvision's ImageNet weights
     hidden_dim: int | None = None  # head: Linear -> ReLU -> Dropout -> Linear; null: one Linear
@@ -247,6 +249,8 @@ def load_resnet(section: ResNetRewardConfig, device: torch.device | None = None)
     """
     if section.model_path is None:
         raise UserError("model_path is not set; give the checkpoint that train_resnet.py wrote")
+    if isinstance(section.model_path, list):
+        raise UserError(f"model_path must name one checkpoint here, got {section.model_path}")
     path, device = Path(section.model_path), device or pick_device(section.device)
     section = replace(section, pretrained=False)
     if not path.is_dir():

@@ -131,12 +131,19 @@ class RewardConfig:
         """Key -> path of what the model is made from; nothing where it is served."""
         if self.api is not None or self.linked:
             return {}
-        keys = ("model_path", "lora_path")
-        return {f"reward.model.{key}": vars(self.model)[key] for key in keys if vars(self.model).get(key)}
+        files = {}
+        for key in ("model_path", "lora_path"):
+            path = vars(self.model).get(key)
+            if isinstance(path, list):
+                files |= {f"reward.model.{key}.{i}": member for i, member in enumerate(path)}
+            elif path:
+                files[f"reward.model.{key}"] = path
+        return files
 
     @property
     def model_name(self) -> str:
-        """What errors call the model: its path (the adapter's, where there is one), or where it is served."""
+        """What errors call the model: its path (the adapter's, or an ensemble's last, where there is one), or
+        where it is served."""
         if self.linked:
             return f"at {self.placement}"
         return [self.model.model_type, *self.model_files.values()][-1]

@@ -7,7 +7,7 @@ verdict) and `meta` (what its checkpoint says of itself). A model of frames (`re
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -16,7 +16,8 @@ from torch import Tensor
 from common.history import HistoryBufferConfig
 from common.qwen_checkpoint import load_history_vlm, load_vlm
 from common.qwen_reward import HistoryVLMRewardConfig, VLMRewardConfig
-from common.resnet_reward import ResNetRewardConfig, load_resnet
+from common.resnet_reward import ResNetRewardConfig, ResNetRewardModel, load_resnet
+from common.runtime import UserError
 from common.trend import LABELS, trend_labels
 from common.vlm_api import ApiConfig, load_served
 
@@ -57,11 +58,47 @@ class HistoryOracle:
         return torch.nn.functional.one_hot(label, len(LABELS)).float()
 
 
+class Ensemble:
+    """Several classifiers that answer as one, so that a policy has to find what all of them (`min`), or most
+    (`mean`), take for success.
+
+    Its threshold is the highest of theirs. UserError where they know different pictures.
+    """
+
+    window = 1
+
+    def __init__(self, models: list[ResNetRewardModel], combine: Literal["min", "mean"], names: list[str]):
+        self.models, self.combine = models, combine
+        self.views, self.meta = models[0].views, dict(models[0].meta)
+        for model, name in zip(models, names, strict=True):
+            for key in ("views", "frame_size", "render"):
+                if model.meta.get(key) != self.meta.get(key):
+                    raise UserError(
+                        f"{name} and {names[0]} cannot judge together, for they were trained with another "
+                        f"{key}: {model.meta.get(key)} and {self.meta.get(key)}"
+                    )
+        thresholds = [model.threshold for model in models]
+        self.meta["threshold"] = None if None in thresholds else max(thresholds)
+
+    def score(self, frames: dict[str, Tensor]) -> Tensor:
+        """As one model's."""
+        scores = torch.stack([model.score(frames) for model in self.models])  # (models, B)
+        return scores.amin(0) if self.combine == "min" else scores.mean(0)
+
+
+def load_resnets(section: ResNetRewardConfig, device: torch.device | None) -> ResNetRewardModel | Ensemble:
+    """The model of `section.model_path`, or the ensemble of all it names."""
+    if not isinstance(section.model_path, list):
+        return load_resnet(section, device)
+    models = [load_resnet(replace(section, model_path=path), device) for path in section.model_path]
+    return Ensemble(models, section.ensemble, section.model_path)
+
+
 RewardModelConfig = ResNetRewardConfig | VLMRewardConfig | HistoryVLMRewardConfig | HistoryOracleConfig
 OF_WINDOWS = (HistoryVLMRewardConfig, HistoryOracleConfig)
 
 REWARD_MODELS: dict[str, Callable[[Any, torch.device | None], Any]] = {
-    "resnet": load_resnet,
+    "resnet": load_resnets,
     "vlm": load_vlm,
     "history_vlm": load_history_vlm,
     "buffered_vlm": load_history_vlm,  # its name in newer RLinf

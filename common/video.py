@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from common.files import atomic_write
-from common.rewards import Verdicts
+from common.rewards import reaches
 from common.runtime import UserError
 
 ON_DARK = {True: "#56B4E9", False: "#E69F00", None: "#8A8A8A"}  # verdict or truth -> colour; None: not scored
@@ -36,6 +36,7 @@ class Trace:
     title: str
     question: str = "success"  # what score is the probability of; of windows: that the trend is positive
     truth_of: str = "success"  # what truth is about
+    said: np.ndarray | None = None  # (T,) bool: the verdict; None: wherever score reaches the threshold
 
     def __post_init__(self):
         if self.frames.dtype != np.uint8 or self.frames.ndim != 4 or self.frames.shape[3] != 3:
@@ -63,8 +64,9 @@ class Trace:
 
     def verdict(self, threshold: float) -> np.ndarray:
         """(T,) bool; False where not scored."""
-        score = torch.from_numpy(self.score)
-        return Verdicts.judge(torch.from_numpy(self.steps), score, threshold).success.numpy()
+        if self.said is not None:
+            return self.said
+        return reaches(torch.from_numpy(self.score), threshold).numpy()
 
     def wrong(self, threshold: float) -> np.ndarray:
         """(T,) bool: the verdict is not the truth, where both are about the same question."""
@@ -173,7 +175,7 @@ class _Strip:
         self.step.set_text(step)
         self.bar.set_width(score * self.bar_width if scored else 0)
         self.bar.set_color(ON_DARK[verdict])
-        sign = "≥" if verdict else "<"
+        sign = "≥" if reaches(torch.tensor(score), self.threshold) else "<"
         self.comparison.set_text(f"score {score:.3f} {sign} {self.threshold:.3f}" if scored else "not scored")
         for square, text, who in (
             (self.verdict_square, self.verdict_text, "model"),

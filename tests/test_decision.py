@@ -6,9 +6,13 @@ from doubles import CountingEnvs, StillAgent, reward_config, use_fake_model
 from test_experience import CPU, SPEC, ppo_rollouts, rollout_of, step_once, told, write
 from torch import Tensor, tensor
 
-from common.evaluation import evaluate
+import rl_train
+from common import config
+from common.evaluation import evaluate, record_traces
 from common.prior import prior_buffer
-from common.reward_client import RewardClient
+from common.resnet_reward import ResNetRewardConfig, ResNetRewardModel, load_resnet
+from common.reward_client import RewardClient, RewardConfig
+from common.reward_models import load_reward_model
 from common.rewards import Decision, reaches
 from common.runtime import UserError
 
@@ -174,3 +178,65 @@ def test_a_frame_that_pays_for_others_votes_is_paid_its_own_score(fake_model):
     batches = [batch for _ in range(3) for batch in step_once(rollout)] + list(rollout.drain())
     expected = tensor([[0, 0], [0.7, 0], [0.2, 0.9]])
     torch.testing.assert_close(torch.stack([batch["reward"] for batch in batches]), expected)
+
+
+def test_pictures_show_the_verdict_that_counts(fake_model):
+    """The reset's frame (.99) casts no vote."""
+    cfg = reward_config(reward_mode="per_step", hold_k=2, hold_n=2)
+    traces = record_traces(counting(), StillAgent(), RewardClient(cfg), num_episodes=2, seed=0)
+    assert traces[0].verdict(0.5).tolist() == [False, False, True, False]
+    assert traces[1].verdict(0.5).tolist() == [False] * 4 + [True]
+    assert traces[0].wrong(0.5).sum() == 0 and traces[1].wrong(0.5).tolist() == [
+        False,
+        True,
+        False,
+        False,
+        True,
+    ]
+
+
+# ----------------------------------------------------------------------------------------------------
+# Several models as one
+
+
+def save_model(folder, seed: int, **meta) -> str:
+    torch.manual_seed(seed)
+    model = ResNetRewardModel(ResNetRewardConfig(arch="resnet10", image_size=[3, 32, 32]))
+    model.backbone.fc.weight.data *= 30  # else a random network says 0.5 to everything
+    model.save(
+        folder / str(seed),
+        {"threshold": 0.1 * seed, "frame_size": [32, 32], "render": {"fov": 1.0}, **meta},
+        torch.zeros(1, 32, 32, 3, dtype=torch.uint8),
+    )
+    return str(folder / str(seed))
+
+
+@pytest.mark.parametrize(("combine", "of"), [("min", lambda x: x.amin(0)), ("mean", lambda x: x.mean(0))])
+def test_an_ensemble_scores_as_its_members_do(tmp_path, combine, of):
+    paths = [save_model(tmp_path, seed) for seed in (1, 7, 3)]
+    frames = {"main_images": torch.randint(0, 256, (9, 32, 32, 3), dtype=torch.uint8)}
+    alone = torch.stack([load_resnet(ResNetRewardConfig(model_path=path)).score(frames) for path in paths])
+    assert (alone.std(0) > 0.01).all()  # they do not agree
+    section = ResNetRewardConfig(model_path=paths, ensemble=combine)
+    with RewardClient(RewardConfig(True, "per_step", placement="inline", model=section)) as client:
+        verdicts = client.score(frames)
+    torch.testing.assert_close(verdicts.success_prob, of(alone))
+    assert client.threshold == pytest.approx(0.7)  # the strictest
+    assert client.cfg.model_files["reward.model.model_path.1"] == paths[1]
+
+
+def test_models_of_other_pictures_do_not_judge_together(tmp_path):
+    paths = [save_model(tmp_path, 1), save_model(tmp_path, 2, render={"fov": 2.0})]
+    with pytest.raises(UserError, match=r"2 and .*1 cannot judge together.* render: .*2\.0"):
+        load_reward_model(ResNetRewardConfig(model_path=paths))
+    with pytest.raises(UserError, match="must name one checkpoint"):
+        load_resnet(ResNetRewardConfig(model_path=paths))
+
+
+def test_a_config_names_one_model_or_several(tmp_path):
+    path = tmp_path / "x.yaml"
+    path.write_text("reward: {use_reward_model: true, model: {model_type: resnet, model_path: a}}\n")
+    cfg = config.from_yaml(rl_train.Config, path, ["reward.model.model_path=[a, b]"])
+    assert cfg.reward.model.model_path == ["a", "b"]
+    with pytest.raises(UserError, match=r"reward.model.model_path.0: a does not exist"):
+        rl_train.check_inputs(cfg)
