@@ -129,6 +129,9 @@ class ManiSkillEnvs:
 
     def step_wait(self) -> Step:
         action, render = self._pending
+        if self.cfg.binary_gripper:
+            gripper = torch.where(action[:, -1:] >= 0, 1.0, -1.0)
+            action = torch.cat([action[:, :-1], gripper], dim=1)
         state, env_reward, terminated, _, info = self.env.step(action)
         obs = self._observe(state)
         truncated = self.env.elapsed_steps >= self.cfg.max_episode_steps
@@ -257,6 +260,7 @@ class ManiSkillEnvs:
             control={
                 "mode": self.cfg.control_mode,
                 "freq_hz": self.env.control_freq,
+                "binary_gripper": self.cfg.binary_gripper,
                 "max_episode_steps": self.cfg.max_episode_steps,
                 "observe_time": self.cfg.observe_time,
                 "observe_fine": {name: list(scales) for name, scales in self.cfg.observe_fine.items()},

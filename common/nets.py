@@ -45,7 +45,7 @@ class OptimConfig:
     lr: float = 3e-4
     critic_lr: float | None = None  # null: lr
     eps: float = 1e-8
-    weight_decay: float = 0.0  # decoupled (AdamW); .1 was decisive where little data is reused often
+    weight_decay: float = 0.0  # AdamW; 1 at lr 1e-3 was decisive where little data is reused often
 
     def __post_init__(self) -> None:
         if self.lr <= 0 or (self.critic_lr is not None and self.critic_lr <= 0):

@@ -17,6 +17,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.connection import wait as wait_for
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -53,6 +54,7 @@ class RewardConfig:
     require_in_zone: bool = False  # ... where only frames with the gripper at the target pose vote for it
     use_reward_prob: bool = False  # teleop_eval.py: show the probability beside the verdict
     history_reward_assign: bool = False  # pay a window's reward to each of its steps, not to the last alone
+    shuffle_scores: bool = False  # for a control run: each score is swapped for one drawn from those so far
     verdict_every: int = 1  # env steps of SAC between two asks of the model: larger batches, later verdicts
     # inline, worker, or tcp://host:port of a reward server; auto: worker on the CPU, except for terminal
     placement: str = "auto"
@@ -180,6 +182,8 @@ class RewardClient:
         self._sent: deque[Tensor] = deque()  # keys of each chunk that is there, in order
         self._done: deque[Verdicts | WindowVerdicts] = deque()
         self.seconds = 0.0  # spent waiting for the model in this process
+        self._scores_so_far: deque[Tensor] = deque(maxlen=10_000)  # of shuffle_scores
+        self._shuffle_rng = np.random.default_rng(0)
         self._open()
 
     # -- what the loop calls -------------------------------------------------------------------------
@@ -207,7 +211,7 @@ class RewardClient:
         self.seconds += time.perf_counter() - start
         out = list(self._done)
         self._done.clear()
-        return out
+        return [self._shuffled(verdicts) for verdicts in out] if self.cfg.shuffle_scores else out
 
     def await_one(self, timeout_s: float) -> None:
         """Return once `receive` has something to hand out, or when the time is up. Inline it has already."""
@@ -241,6 +245,16 @@ class RewardClient:
         cfg = self.cfg
         rule = {name: vars(cfg)[name] for name in ("hold_k", "hold_n", "leave_threshold", "abstain_band")}
         return Decision(self.threshold, num_envs, **rule)
+
+    def _shuffled(self, verdicts: Verdicts | WindowVerdicts) -> Verdicts | WindowVerdicts:
+        """The same frames with scores of others: as many successes as before, in the wrong places."""
+        windows = isinstance(verdicts, WindowVerdicts)
+        rows = []
+        for row in verdicts.label_prob if windows else verdicts.success_prob:
+            self._scores_so_far.append(row)
+            rows.append(self._scores_so_far[self._shuffle_rng.integers(len(self._scores_so_far))])
+        rule = self.parser if windows else self.threshold
+        return type(verdicts).judge(verdicts.keys, torch.stack(rows), rule)
 
     def check_envs(self, spec: EnvSpec) -> None:
         """UserError with each difference from the frames the model was trained on, and from their rate where

@@ -105,6 +105,8 @@ class EnvConfig:
     observe_fine: dict[str, tuple[float, ...]] = field(default_factory=dict)
     control_mode: str = "pd_ee_delta_pos"
     control_freq: int | None = None  # Hz; null: the task's own (20)
+    # The last action's sign alone counts: the gripper opens (0 or more) or closes; none gets stuck half open.
+    binary_gripper: bool = False
     sim_backend: Literal["auto", "cpu", "gpu"] = "auto"  # auto: gpu where torch sees one
     render_backend: Literal["auto", "cpu", "gpu"] = "auto"
     reward_mode: Literal["dense", "normalized_dense", "sparse"] = "normalized_dense"

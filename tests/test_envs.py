@@ -318,6 +318,18 @@ def test_observe_time_appends_the_share_of_the_time_limit(push: ManiSkillEnvs, c
     assert torch.equal(steps[-1].obs[:, :-1], run(push, 3, 3)[-1].obs)
 
 
+def test_a_binary_gripper_opens_or_closes_whatever_the_size_of_the_action(pick: ManiSkillEnvs, change):
+    def qpos(gripper: float) -> torch.Tensor:
+        pick.reset(3)
+        steps = [pick.step(torch.tensor([[0.0, 0.0, 0.1, gripper]])) for _ in range(3)]
+        return steps[-1].next_obs[0, :9]
+
+    half, fully = qpos(-0.2), qpos(-1.0)
+    assert not half.equal(fully)
+    change(pick, binary_gripper=True)
+    assert qpos(-0.2).equal(fully) and qpos(0.1).equal(qpos(1.0)) and qpos(0.0).equal(qpos(1.0))
+
+
 def test_observe_fine_appends_parts_that_tell_millimetres(pick: ManiSkillEnvs, change, monkeypatch):
     state = pick.reset(3)[0]
     change(pick, observe_fine={"obj_to_goal_pos": (0.03, 0.1)}, observe_time=True)

@@ -202,6 +202,23 @@ def shown(render: dict) -> EnvSpec:
     return replace(CountingEnvs([[1]]).spec, render=render)
 
 
+def test_shuffled_scores_are_those_of_other_frames(fake):
+    """The control: as many successes as the model sees, but not where it sees them."""
+    client = make_reward_client(reward_config(shuffle_scores=True))
+    pixels = [90] * 200 + [10] * 200
+    client.submit(frames_of([*([10] * 100), *([90] * 100)]), torch.arange(200))
+    client.receive(wait=True)
+    client.submit(frames_of(pixels), torch.arange(400))
+    verdicts = client.receive(wait=True)
+    keys, success = (torch.cat([vars(part)[name] for part in verdicts]) for name in ("keys", "success"))
+    paid = torch.cat([part.model_reward for part in verdicts])
+    assert keys.tolist() == list(range(400))
+    assert 0.4 < success.float().mean() < 0.75
+    # for the model all of the first half and none of the second are a success
+    assert success[:200].float().mean() < 0.8 and success[200:].float().mean() > 0.3
+    assert paid[success].allclose(torch.tensor(0.9)) and not paid[~success].any()
+
+
 def test_other_pictures_are_refused_by_name(monkeypatch):
     client = client_with_meta(monkeypatch, {"threshold": 0.5, "render": RENDER})
     client.check_envs(shown(RENDER))
