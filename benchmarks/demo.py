@@ -112,20 +112,24 @@ def move_aside(folder: Path) -> None:
         print(f"moved the earlier {folder.name} to {aside.name}")
 
 
+def seed_parser(doc: str) -> argparse.ArgumentParser:
+    """The command line of a demo; `run_seeds` takes what it parsed."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, default=0, help="of every stage (default 0)")
+    parser.add_argument("--seeds", type=int, nargs="+", help="run them all and print the table")
+    parser.add_argument("--controls", action="store_true", help="also the control runs")
+    return parser
+
+
 def run_seeds(
-    doc: str,
+    args: argparse.Namespace,
     plain: str,
     run_seed: Callable[[str, int], dict],
     run_controls: Callable[[str, int], dict],
     print_report: Callable[[str, dict], None],
     print_table: Callable[[list[dict]], None],
 ) -> None:
-    """The command line of a demo in the folder `plain`, with several seeds in `plain-seed<N>`."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=0, help="of every stage (default 0)")
-    parser.add_argument("--seeds", type=int, nargs="+", help="run them all and print the table")
-    parser.add_argument("--controls", action="store_true", help="also the control runs")
-    args = parser.parse_args()
+    """A demo in the folder `plain`; several seeds in `plain-seed<N>`, their rows in benchmarks/results."""
     rows = []
     for seed in args.seeds or [args.seed]:
         folder = f"{plain}-seed{seed}" if args.seeds else plain

@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.demo import move_aside, run_seeds, run_stage  # noqa: E402  the checkout is not installed
+from benchmarks.demo import move_aside, run_seeds, run_stage, seed_parser  # noqa: E402  not installed
 from common.files import load_json, save_json  # noqa: E402
 from common.runtime import run_script, versions  # noqa: E402
 from common.trend_report import card_table  # noqa: E402
@@ -167,7 +167,7 @@ def print_table(rows: list[dict]) -> None:
 
 
 def main() -> None:
-    run_seeds(__doc__, PLAIN, run_demo, run_controls, print_report, print_table)
+    run_seeds(seed_parser(__doc__).parse_args(), PLAIN, run_demo, run_controls, print_report, print_table)
 
 
 if __name__ == "__main__":

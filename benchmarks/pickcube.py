@@ -1,7 +1,8 @@
 """PickCube on a learned image reward alone: what `make pickcube` runs.
 
-    python benchmarks/pickcube.py                            # one seed
-    python benchmarks/pickcube.py --seeds 0 1 2 --controls   # the README's table
+    python benchmarks/pickcube.py                                         # one seed
+    python benchmarks/pickcube.py --seeds 0 1 2 --controls                # the README's table
+    python benchmarks/pickcube.py --prior poor --seeds 0 1 2 --controls   # of the prior data 13 % succeed
 
 Collects episodes as states of the simulator and draws them by two cameras, trains a classifier that says
 whether the cube is at the goal, and lets it alone pay the reward in SAC. Runs the plain commands of the
@@ -9,30 +10,50 @@ workflow, each printed before it runs, and collects their numbers in `logs/pickc
 `logs/pickcube` is moved aside, never overwritten. With several seeds every stage is run anew for each one, in
 `logs/pickcube-seed<N>`, and the table is written to `benchmarks/results/pickcube.json` too.
 
-`--controls` adds runs on the same data: paid nothing, paid by true sparse success, and the policy before its
-first step in the env, which imitates the episodes that the reward model pays.
+`--controls` adds runs on the same data. Two end before their first step in the env, and only imitate: the
+episodes that the reward model pays, or all of them. One each is paid nothing, by true sparse success (the
+upper bound), by scores shuffled among frames, and on the last frame of each episode (`terminal`). `few` and
+`none` are paid as always, but the prior data is 20 scripted episodes, or nothing.
 """
 
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.demo import move_aside, run_seeds, run_stage  # noqa: E402  the checkout is not installed
+from benchmarks.demo import move_aside, run_seeds, run_stage, seed_parser  # noqa: E402  not installed
 from common.files import load_json, save_json  # noqa: E402
 from common.runtime import run_script, versions  # noqa: E402
 
+PRIORS = {"good": "configs/pickcube_collect.yaml", "poor": "configs/pickcube_poor_collect.yaml"}
 PLAIN = "logs/pickcube"  # the folder that the shipped configs name
+NEAR = "configs/pickcube_near_collect.yaml"
+SINGLE_FRAMES = ["reward.hold_k=1", "reward.hold_n=1"]
+ONLY_IMITATE = ["runner.max_steps=2"]
 CONTROLS = {
     "nothing": ["reward.reward_weight=0"],
-    "imitation": ["runner.max_steps=2"],
-    "truth": ["reward.use_reward_model=false", "reward.env_reward_weight=1"],
+    "imitation": ONLY_IMITATE,
+    "imitation of all": [*ONLY_IMITATE, "reward.reward_threshold=0", *SINGLE_FRAMES],
+    "truth": ["reward.use_reward_model=false", "reward.env_reward_weight=0.05"],
+    "shuffled": ["reward.shuffle_scores=true"],
+    "terminal": [
+        "reward.reward_mode=terminal",
+        "reward.hold_k=1",
+        "reward.hold_n=1",
+        "reward.reward_weight=1",
+    ],
+    "few": [],
+    "none": [
+        *["algorithm.prior_data=null", "algorithm.offline_updates=0", "algorithm.learning_starts=500"],
+        *["actor.model.norm_obs=false", "algorithm.rollout_noise=null"],
+    ],
 }
 
 
-def stages(folder: str, seed: int) -> dict[str, list[str]]:
+def stages(folder: str, seed: int, prior: str = "good") -> dict[str, list[str]]:
     """Name -> plain command. The shipped configs say logs/pickcube; the command line says what differs."""
     seeded = [f"runner.seed={seed}"] if seed else []
     near, train, rl = ([f"runner.seed={500 + seed}"] if seed else []), list(seeded), list(seeded)
@@ -40,32 +61,32 @@ def stages(folder: str, seed: int) -> dict[str, list[str]]:
         train += [f"data.{split}_data_paths={folder}/reward_data/{split}.pt" for split in ("train", "val")]
         rl += [f"algorithm.prior_data={folder}/frames/prior/collected_data"]
         rl += [f"reward.model.model_path={folder}/resnet/checkpoint"]
-
-    def into(name: str) -> str:
-        return f"runner.logger.log_path={folder}/{name}"
-
-    collect = ["collect.py", "configs/pickcube_collect.yaml"]
+    collect, near_misses = (["collect.py", config] for config in (PRIORS[prior], NEAR))
     draw = [*collect, "--render-from"]
     return {
-        "collect": [*collect, into("collect"), *seeded],
-        "collect near misses": ["collect.py", "configs/pickcube_near_collect.yaml", into("near"), *near],
-        "draw": [*draw, f"{folder}/collect/collected_data", into("frames/prior")],
-        "draw near misses": [*draw, f"{folder}/near/collected_data", into("frames/near")],
+        "collect": [*collect, into(folder, "collect"), *seeded],
+        "collect near misses": [*near_misses, into(folder, "near"), *near],
+        "draw": [*draw, f"{folder}/collect/collected_data", into(folder, "frames/prior")],
+        "draw near misses": [*draw, f"{folder}/near/collected_data", into(folder, "frames/near")],
         "preprocess": [
             *["preprocess_resnet.py", "--raw-data-path", f"{folder}/frames"],
             *["--output-dir", f"{folder}/reward_data", "--label", "is_obj_placed"],
             *["--view", "main_images", "extra_view_images", "--fail-success-ratio", "10"],
         ],
-        "train": ["train_resnet.py", "configs/pickcube_resnet.yaml", into("resnet"), *train],
-        "rl": ["rl_train.py", "configs/pickcube_rl.yaml", into("rl"), *rl],
+        "train": ["train_resnet.py", "configs/pickcube_resnet.yaml", into(folder, "resnet"), *train],
+        "rl": ["rl_train.py", "configs/pickcube_rl.yaml", into(folder, "rl"), *rl],
     }
 
 
-def run_seed(folder: str, seed: int) -> dict:
+def into(folder: str, name: str) -> str:
+    return f"runner.logger.log_path={folder}/{name}"
+
+
+def run_seed(folder: str, seed: int, prior: str = "good") -> dict:
     """All stages. -> what logs/pickcube/summary.json holds."""
     move_aside(ROOT / folder)
     start = time.perf_counter()
-    seconds = {name: run_stage(command) for name, command in stages(folder, seed).items()}
+    seconds = {name: run_stage(command) for name, command in stages(folder, seed, prior).items()}
     seconds["all"] = round(time.perf_counter() - start, 1)
     collect, resnet, rl = (
         load_json(ROOT / folder / stage / "summary.json") for stage in ("collect", "resnet", "rl")
@@ -84,15 +105,27 @@ def run_seed(folder: str, seed: int) -> dict:
     return summary
 
 
-def run_controls(folder: str, seed: int) -> dict[str, list[float]]:
+def run_controls(folder: str, seed: int, prior: str = "good") -> dict[str, list[float]]:
     """Control -> true success once and at the end."""
-    command = [part for part in stages(folder, seed)["rl"] if "log_path" not in part]
+    command = [part for part in stages(folder, seed, prior)["rl"] if "log_path" not in part]
     out = {}
     for name, changes in CONTROLS.items():
-        run_stage([*command, f"runner.logger.log_path={folder}/rl_{name}", *changes])
-        rl = load_json(ROOT / folder / f"rl_{name}" / "summary.json")
+        to = f"rl_{name.replace(' ', '_')}"
+        few = few_episodes(folder, seed) if name == "few" else []
+        run_stage([*command, into(folder, to), *changes, *few])
+        rl = load_json(ROOT / folder / to / "summary.json")
         out[name] = [rl["true_success_once"], rl["true_success_at_end"]]
     return out
+
+
+def few_episodes(folder: str, seed: int) -> list[str]:
+    """20 episodes of the scripted expert, and what makes RL use them instead of the prior data."""
+    expert = ["runner.num_episodes=20", "policies=[{name: scripted, noise: [0.0, 0.1]}]"]
+    collect = ["collect.py", PRIORS["good"], f"runner.seed={900 + seed}", *expert]
+    run_stage([*collect, into(folder, "few")])
+    drawn = into(folder, "frames_few")
+    run_stage(["collect.py", PRIORS["good"], "--render-from", f"{folder}/few/collected_data", drawn])
+    return [f"algorithm.prior_data={folder}/frames_few/collected_data"]
 
 
 def print_report(folder: str, summary: dict) -> None:
@@ -112,24 +145,30 @@ def print_report(folder: str, summary: dict) -> None:
 
 def print_table(rows: list[dict]) -> None:
     """Markdown, for the README; success once / at the end."""
-    print(
-        "\n| seed | prior succeeds | AUPRC | true success | gap, points | imitation alone | paid nothing "
-        "| paid by true success | seconds |\n" + "|---" * 9 + "|"
-    )
+    columns = ("seed", "prior succeeds", "AUPRC", "true success", "gap, points", *CONTROLS, "seconds")
+    print(f"\n| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     for row in rows:
         controls = row.get("controls", {})
-        told = {
-            name: "{:.2f} / {:.2f}".format(*controls[name]) if name in controls else "-" for name in CONTROLS
-        }
-        print(
-            f"| {row['seed']} | {row['prior_success_once']:.2f} | {row['classifier']['auprc']:.3f} "
-            f"| {row['true_success_once']:.2f} / {row['true_success_at_end']:.2f} | {row['hack_gap']:+.1f} "
-            f"| {told['imitation']} | {told['nothing']} | {told['truth']} | {row['seconds']['all']:.0f} |"
-        )
+        told = ["{:.2f} / {:.2f}".format(*controls[name]) if name in controls else "-" for name in CONTROLS]
+        cells = [
+            str(row["seed"]),
+            f"{row['prior_success_once']:.2f}",
+            f"{row['classifier']['auprc']:.3f}",
+            f"{row['true_success_once']:.2f} / {row['true_success_at_end']:.2f}",
+            f"{row['hack_gap']:+.1f}",
+            *told,
+            f"{row['seconds']['all']:.0f}",
+        ]
+        print(f"| {' | '.join(cells)} |")
 
 
 def main() -> None:
-    run_seeds(__doc__, PLAIN, run_seed, run_controls, print_report, print_table)
+    parser = seed_parser(__doc__)
+    parser.add_argument("--prior", choices=PRIORS, default="good", help="30 or 13 %% of its episodes succeed")
+    args = parser.parse_args()
+    plain = PLAIN if args.prior == "good" else f"{PLAIN}-{args.prior}"
+    run, control = (partial(function, prior=args.prior) for function in (run_seed, run_controls))
+    run_seeds(args, plain, run, control, print_report, print_table)
 
 
 if __name__ == "__main__":

@@ -70,6 +70,9 @@ class SACConfig:
     obs_noise: float = (
         0.0  # sd of Gaussian noise on scaled observations in every update; .2 helped small data
     )
+    # sd of Gaussian noise around the mean action of rollouts; null: the policy's own spread, which nothing
+    # holds down where imitation and weight decay outweigh Q
+    rollout_noise: float | None = None
     pixel_shift: int = 0  # pictures move by up to so many pixels, anew in every update (DrQ: 4 of 84)
     ema_actor: float = 0.0  # rate of an averaged actor used for evaluation (.005); 0 = off
     max_grad_norm: float | None = None
@@ -86,6 +89,8 @@ class SACConfig:
         for name in ("learning_starts", "offline_updates", "obs_noise", "pixel_shift", "imitation_coef"):
             if vars(self)[name] < 0:
                 raise ValueError(f"{name} must not be negative, got {vars(self)[name]}")
+        if self.rollout_noise is not None and self.rollout_noise < 0:
+            raise ValueError(f"rollout_noise must not be negative, got {self.rollout_noise}")
         for name in ("batch_size", "buffer_size", "n_step"):
             if vars(self)[name] < 1:
                 raise ValueError(f"{name} must be at least 1, got {vars(self)[name]}")
@@ -187,11 +192,12 @@ class SAC:
 
     @torch.no_grad()
     def act(self, obs: Tensor, deterministic: bool = False) -> Tensor:
-        """obs (N, D) -> action (N, A) in [-1, 1]. `deterministic`: the mean of `eval_actor`; else a sample of
-        the policy that is being trained."""
-        obs = self.scaled(obs.to(self.device))
-        if deterministic:
-            return self.eval_actor.mean(self.eval_encoder(obs))
+        """obs (N, D) -> action (N, A) in [-1, 1]. `deterministic`: the mean of `eval_actor`; else that with
+        `rollout_noise`, or a sample of the policy that is being trained."""
+        obs, sd = self.scaled(obs.to(self.device)), self.cfg.rollout_noise
+        if deterministic or sd is not None:
+            mean = self.eval_actor.mean(self.eval_encoder(obs))
+            return mean if deterministic else (mean + sd * self.draw(*mean.shape)).clamp(-1, 1)
         return self.policy.sample(self.encoder(obs), self.draw(len(obs), self.action_dim))[0]
 
     @torch.no_grad()

@@ -30,6 +30,7 @@ SETTINGS = {
     "maniskill_sac_mlp_resnet_reward_async": rl_train.Config,
     "pickcube_collect": collect.Config,
     "pickcube_near_collect": collect.Config,
+    "pickcube_poor_collect": collect.Config,
     "pickcube_resnet": train_resnet.TrainConfig,
     "pickcube_rl": rl_train.Config,
     "qwen3vl_sft_qwentrend": train_vlm.TrainConfig,

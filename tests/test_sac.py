@@ -111,6 +111,17 @@ def test_subset_limits_the_minimum_to_the_chosen_critics(float64):
     torch.testing.assert_close(y, expected)
 
 
+def test_rollout_noise_surrounds_the_mean_of_the_averaged_policy():
+    sac = make_sac(rollout_noise=0.1, ema_actor=0.5)
+    for parameter in sac.policy.parameters():  # the averaged policy alone counts
+        parameter.data.fill_(torch.nan)
+    action = sac.act(torch.zeros(2000, OBS_DIM))
+    mean = sac.act(torch.zeros(1, OBS_DIM), deterministic=True)
+    assert (action.mean(0) - mean).abs().max() < 0.01 and abs(float(action.std()) - 0.1) < 0.01
+    with pytest.raises(ValueError, match="rollout_noise must not be negative"):
+        SACConfig(rollout_noise=-0.1)
+
+
 def test_update_matches_slow_reference(float64):
     """One update against separate losses, sample by sample, stepped by plain AdamW."""
     sac, twin = (
