@@ -183,7 +183,8 @@ def score_figure(traces: list[Trace], threshold: float) -> "Figure":
         for number, trace in enumerate(shown):
             row, column = divmod(number, NUM_COLUMNS)
             for place, t in enumerate((0, len(trace.frames) - 1)):
-                _draw_thumbnail(top.add_subplot(grid[2 * row, 2 * column + place]), trace.frames[t], t)
+                axes = top.add_subplot(grid[2 * row, 2 * column + place])
+                _draw_thumbnail(axes, trace.frames[t], trace.steps[t])
             axes = top.add_subplot(grid[2 * row + 1, 2 * column : 2 * column + 2])
             _draw_scores(axes, trace, threshold)
             axes.set_ylabel(SCORE_OF[trace.question] if column == 0 else "")
@@ -200,7 +201,7 @@ def _draw_thumbnail(axes: "Axes", frame: np.ndarray, step: int) -> None:
 
 
 def _draw_scores(axes: "Axes", trace: Trace, threshold: float) -> None:
-    edges = np.arange(len(trace.frames) + 1) - 0.5
+    edges = np.append(trace.steps, trace.steps[-1] + 1) - 0.5
     # stairs, since fill_between draws nothing where a single step is true
     heights = np.where(trace.truth, 1.05, -0.05)
     axes.stairs(heights, edges, baseline=-0.05, fill=True, color=PALE_BLUE, label=f"truth: {trace.truth_of}")
@@ -216,13 +217,23 @@ def _draw_scores(axes: "Axes", trace: Trace, threshold: float) -> None:
 def _draw_histogram(axes: "Axes", traces: list[Trace], threshold: float) -> None:
     question, truth_of = traces[0].question, traces[0].truth_of
     axes.set(xlim=(0, 1), xlabel=SCORE_OF[question], ylabel="frames")
-    axes.set_title(f"All scored frames of {len(traces)} episodes", loc="left")
-    if not any(trace.scored.any() for trace in traces):
-        axes.text(0.5, 0.5, "no frame was scored", color=GREY, ha="center", transform=axes.transAxes)
+    known = "" if all(trace.known.all() for trace in traces) else " where the truth is known"
+    axes.set_title(f"All scored frames of {len(traces)} episodes{known}", loc="left")
+    judged = [trace.scored & trace.known for trace in traces]
+    if not any(frames.any() for frames in judged):
+        axes.text(
+            0.5,
+            0.5,
+            "no scored frame whose truth is known",
+            color=GREY,
+            ha="center",
+            transform=axes.transAxes,
+        )
         return
-    score = np.concatenate([trace.score[trace.scored] for trace in traces])
-    truth = np.concatenate([trace.truth[trace.scored] for trace in traces])
-    verdict = np.concatenate([trace.verdict(threshold)[trace.scored] for trace in traces])
+    both = list(zip(traces, judged, strict=True))
+    score = np.concatenate([trace.score[frames] for trace, frames in both])
+    truth = np.concatenate([trace.truth[frames] for trace, frames in both])
+    verdict = np.concatenate([trace.verdict(threshold)[frames] for trace, frames in both])
     counts = {True: "", False: ""}
     if question == truth_of:
         counts[False] = f", {(verdict & ~truth).sum()} false positives"

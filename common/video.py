@@ -1,7 +1,7 @@
 """Episodes to be looked at: what the policy did, what the reward model said, what was true.
 
-A `Trace` is one evaluation episode; `save_video` shows traces one after the other, with
-the verdict under each frame.
+A `Trace` is one episode, whoever made it; `save_video` shows traces one after the other, with the verdict
+under each frame. `common.trace_page` makes a page of them to scrub through.
 Blue is success and orange is failure, in Okabe and Ito's shades, which colour-blind readers tell apart.
 """
 
@@ -28,7 +28,8 @@ OPPOSITE = {"success": "failure", "positive": "not positive"}
 
 @dataclass
 class Trace:
-    """One evaluation episode. Entry t is about the observation after t steps, entry 0 about the reset's."""
+    """One episode, or its end. Entry t is about the observation after first_step + t steps, the reset's
+    being the one after 0."""
 
     frames: np.ndarray  # (T, H, W, 3) uint8 RGB
     score: np.ndarray  # (T,) float32 in [0, 1], nan where the reward model was not asked
@@ -37,25 +38,38 @@ class Trace:
     question: str = "success"  # what score is the probability of; of windows: that the trend is positive
     truth_of: str = "success"  # what truth is about
     said: np.ndarray | None = None  # (T,) bool: the verdict; None: wherever score reaches the threshold
+    known: np.ndarray | None = None  # (T,) bool: where somebody knows the truth; None, made True: everywhere
+    extra_frames: np.ndarray | None = None  # (T, H', W', 3) uint8 RGB of a second camera
+    first_step: int = 0
+    # Of windows, each entry about the window that ends there:
+    labels: tuple[str, ...] = ()  # what the model may call it
+    label_prob: np.ndarray | None = None  # (T, L) float32, nan where it was not asked
+    true_label: np.ndarray | None = None  # (T,) int index into labels, -1 where nobody knows
 
     def __post_init__(self):
-        if self.frames.dtype != np.uint8 or self.frames.ndim != 4 or self.frames.shape[3] != 3:
-            raise ValueError(
-                f"frames must be (T, H, W, 3) uint8, got {self.frames.shape} {self.frames.dtype}"
-            )
+        if self.known is None:
+            self.known = np.ones(len(self.frames), dtype=bool)
+        cameras = {"frames": self.frames, "extra_frames": self.extra_frames}
+        for name, frames in cameras.items():
+            if frames is not None and (frames.dtype != np.uint8 or frames.shape[3:] != (3,)):
+                raise ValueError(f"{name} must be (T, H, W, 3) uint8, got {frames.shape} {frames.dtype}")
         length = (len(self.frames),)
         if length == (0,) or self.score.shape != length or self.truth.shape != length:
             raise ValueError(
                 f"frames, score and truth must share T >= 1, got {len(self.frames)}, "
                 f"{self.score.shape}, {self.truth.shape}"
             )
-        if self.truth.dtype != bool:
-            raise ValueError(f"truth must be bool, got {self.truth.dtype}")
+        for name in ("said", "known", "extra_frames", "label_prob", "true_label"):
+            if (given := vars(self)[name]) is not None and given.shape[:1] != length:
+                raise ValueError(f"{name} must have T = {length[0]} entries, got {given.shape}")
+        for name in ("truth", "known"):
+            if (given := vars(self)[name]).dtype != bool:
+                raise ValueError(f"{name} must be bool, got {given.dtype}")
 
     @property
     def steps(self) -> np.ndarray:
-        """(T,) int, from 0."""
-        return np.arange(len(self.frames))
+        """(T,) int."""
+        return self.first_step + np.arange(len(self.frames))
 
     @property
     def scored(self) -> np.ndarray:
@@ -69,8 +83,9 @@ class Trace:
         return reaches(torch.from_numpy(self.score), threshold).numpy()
 
     def wrong(self, threshold: float) -> np.ndarray:
-        """(T,) bool: the verdict is not the truth, where both are about the same question."""
-        return self.scored & (self.verdict(threshold) != self.truth) & (self.question == self.truth_of)
+        """(T,) bool: the verdict is not the truth, where that is known and both are about one question."""
+        comparable = self.scored & self.known & (self.question == self.truth_of)
+        return comparable & (self.verdict(threshold) != self.truth)
 
 
 def save_video(traces: list[Trace], threshold: float, path: Path, fps: int) -> None:
@@ -117,11 +132,11 @@ def video_pictures(traces: list[Trace], threshold: float, num_held: int) -> Iter
             large = frame.repeat(scale, axis=0).repeat(scale, axis=1)
             below = strip.draw(
                 name if len(name) <= 34 else name[:33] + "…",
-                f"step {t}/{len(trace.frames) - 1}",
+                f"step {trace.steps[t]}/{trace.steps[-1]}",
                 float(trace.score[t]),
                 {
                     "model": (bool(verdict[t]), trace.question),
-                    "truth": (bool(trace.truth[t]), trace.truth_of),
+                    "truth": (bool(trace.truth[t]) if trace.known[t] else None, trace.truth_of),
                 },
                 bool(wrong[t]),
             )
@@ -165,10 +180,10 @@ class _Strip:
         self.error.set_weight("bold")
 
     def draw(
-        self, name: str, step: str, score: float, says: dict[str, tuple[bool, str]], wrong: bool
+        self, name: str, step: str, score: float, says: dict[str, tuple[bool | None, str]], wrong: bool
     ) -> np.ndarray:
         """(STRIP_HEIGHT, width, 3) uint8. says: what "model" and "truth" answer to which question. A square
-        is filled for yes and hollow for no."""
+        is filled for yes and hollow for no, grey where nobody knows."""
         scored = not math.isnan(score)
         verdict = says["model"][0]
         self.name.set_text(name)

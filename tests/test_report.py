@@ -109,6 +109,11 @@ def test_video_refuses_frames_of_two_sizes_and_none(tmp_path: Path):
         ({"frames": np.zeros((2, 4, 4, 3), np.float32)}, "uint8"),
         ({"score": np.zeros(3, np.float32)}, r"share T >= 1, got 2, \(3,\)"),
         ({"truth": np.zeros(2)}, "truth must be bool, got float64"),
+        ({"known": np.zeros(2)}, "known must be bool, got float64"),
+        ({"known": np.zeros(3, bool)}, r"known must have T = 2 entries, got \(3,\)"),
+        ({"extra_frames": np.zeros((2, 4, 4), np.uint8)}, r"extra_frames must be \(T, H, W, 3\) uint8"),
+        ({"extra_frames": np.zeros((1, 4, 4, 3), np.uint8)}, "extra_frames must have T = 2 entries"),
+        ({"label_prob": np.zeros((1, 3), np.float32)}, "label_prob must have T = 2 entries"),
     ],
 )
 def test_trace_refuses_what_does_not_fit(change: dict, message: str):
@@ -220,6 +225,29 @@ def test_scores_picture_shows_eight_episodes_and_counts_all(tmp_path: Path):
     assert titles[-1] == "All scored frames of 10 episodes"
     plot_scores(many[:1], 0.5, tmp_path / "scores.png")
     assert iio.imread(tmp_path / "scores.png").shape[1] == 9 * 180
+
+
+def test_where_nobody_knows_the_truth_no_verdict_is_wrong():
+    """An operator's unmarked steps were once counted and drawn as failures."""
+    shown = trace([0.9, 0.9, 0.1], [0, 0, 0])
+    shown.known = np.array([False, True, True])
+    assert shown.wrong(0.5).tolist() == [False, True, False]
+    _, _, scores, histogram = score_figure([shown], 0.5).axes
+    assert np.allclose(lines_of(scores)["wrong verdict"], [[1, 0.9]])
+    assert histogram.get_title(loc="left") == "All scored frames of 1 episodes where the truth is known"
+    texts = [text.get_text() for text in histogram.get_legend().get_texts()]
+    assert texts[0] == "truth: failure (2 frames, 1 false positives)"
+    strip, *_ = (picture[-STRIP_HEIGHT:] for picture in video_pictures([shown], 0.5, num_held=0))
+    red, green, blue = strip[62:75, 149:164].reshape(-1, 3).max(0)
+    assert red == green == blue  # the square of a truth that nobody knows is grey
+
+
+def test_steps_count_from_where_the_trace_begins():
+    shown = trace([0.1, 0.9], [0, 0])
+    shown.first_step = 7
+    first, last, scores, _ = score_figure([shown], 0.5).axes
+    assert (first.get_title(), last.get_title(), scores.get_xlim()) == ("step 7", "step 8", (6.5, 8.5))
+    assert lines_of(scores)["model's score"] == [[7, pytest.approx(0.1)], [8, pytest.approx(0.9)]]
 
 
 def test_episodes_that_no_model_scored_make_a_picture_too(tmp_path: Path):
