@@ -5,7 +5,7 @@
 
 In: a task (`env.train`, `env.eval`), a learner (`algorithm`, `actor`), who pays (`reward`), when to stop
 (`runner`). Out, in the run folder: `config.yaml`, `metrics.jsonl` (and TensorBoard), `checkpoints/best`,
-`checkpoints/last`, `summary.json`, `curves.png`, `scores.png`, `eval.mp4`.
+`checkpoints/last`, `summary.json`, `curves.png`, `traces.html`, `scores.png`, `eval.mp4`.
 
 The best checkpoint is chosen by *learned* success; true success is measured, logged and never used. Ctrl-C
 (at an arm `q` and SIGTERM too, and an arm, camera or mouse that is lost) saves `checkpoints/last`;

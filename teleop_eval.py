@@ -11,8 +11,9 @@ A line per step: `Step 123 | prob 0.93 | rm_reward: 1 | success: True`. Where th
 In: an arm (`env.eval`), the operator's devices (`devices`), a reward model of frames (`reward`).
 Keys: `c` from now on it is a success, `a` from now on it is none, `u` nobody knows; space pause, `q` finish.
 Out, in the run folder: `config.yaml`, `summary.json` (precision, recall, lag, flicker of the verdicts against
-the marks), `trace.npz`, `scores.png`, `trace.mp4`, and the marked frames as `labelled_frames.bin`, from which
-`collect.py` and `common.labelling.write_payloads` make training data.
+the marks), `trace.npz`, `traces.html` (to look through in a browser), `scores.png`, `trace.mp4`, and the
+marked frames as `labelled_frames.bin`, from which `collect.py` and `common.labelling.write_payloads` make
+training data.
 """
 
 import gc
@@ -179,7 +180,7 @@ def report(trace: LiveTrace, judge: LiveJudge | None, folder: Path, rate_hz: flo
     except Exception as error:  # whatever it is: why the session ended must not be hidden behind it
         print(f"no pictures: {type(error).__name__}: {error}", file=sys.stderr)
     else:
-        print(f"look at {folder}/trace.mp4 and {folder}/scores.png")
+        print(f"look at {folder}/traces.html (in a browser), {folder}/trace.mp4 and {folder}/scores.png")
 
 
 def print_summary(summary: dict[str, Any]) -> None:

@@ -150,7 +150,7 @@ def print_report(folder: str, summary: dict) -> None:
     truth = f"{summary['true_success_once']:.2f} once, {summary['true_success_at_end']:.2f} at the end"
     print(f"\nTRUE success in {summary['num_episodes']} fresh episodes: {truth}")
     print(f"by the reward model: {summary['learned_success']:.2f} (gap {summary['hack_gap']:+.1f} points)")
-    print(f"look at {folder}/rl/eval.mp4, {folder}/rl/scores.png, {folder}/rl/curves.png")
+    print(f"look at {folder}/rl/traces.html in a browser, and at eval.mp4, scores.png, curves.png beside it")
 
 
 def print_table(rows: list[dict]) -> None:

@@ -64,7 +64,7 @@ def main() -> None:
     numbers = ("precision", "recall", "lag_s", "flicker_per_min", "late_share")
     told = ", ".join(f"{name} {teleop[name]:.3g}" for name in numbers if teleop[name] is not None)
     print(f"\nlive, against the operator's marks: {told}")
-    print(f"look at {FOLDER}/teleop/trace.mp4, {FOLDER}/teleop/scores.png, {FOLDER}/teleop/teleop.log")
+    print(f"look at {FOLDER}/teleop/traces.html in a browser, and at scores.png, teleop.log beside it")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from torch import Tensor
 from common.envs import Render
 from common.judging import distance_of, hear, judged_inside, look_back, make_audit, make_watch
 from common.reward_client import RewardClient
-from common.trend import POSITIVE
+from common.trend import LABELS, POSITIVE
 from common.video import Trace
 
 
@@ -189,17 +189,19 @@ def record_traces(envs, agent, client: RewardClient | None, num_episodes: int, s
         mine = {view: torch.stack([f[view][env] for f in frames[: ends[env]]]) for view in frames[0]}
         succeeded = torch.stack(truth)[: ends[env], env]
         score = torch.stack(prob)[: ends[env], env].numpy()
-        trace = Trace(mine["main_images"].cpu().numpy(), score, succeeded.numpy(), "")
+        pictures = {view: images.cpu().numpy() for view, images in mine.items()}
+        trace = Trace(
+            pictures["main_images"],
+            score,
+            succeeded.numpy(),
+            "",
+            extra_frames=pictures.get("extra_view_images"),
+        )
         if inside:
             trace.said = torch.stack(said)[: ends[env], env].numpy()
-        if client is not None and client.cfg.of_windows:
+        if client is not None:
             metres = None if distance[0] is None else torch.stack(distance)[: ends[env] - 1, env].cpu()
-            _judge_windows(trace, client, mine, metres)
-        elif client is not None:
-            scores = client.score({view: mine[view] for view in client.views}).success_prob
-            first = torch.arange(len(scores)) == 0  # the reset's frame, of which nothing is remembered
-            trace.score = scores.numpy()
-            trace.said = client.decision(1)(scores[:, None], first[:, None])[:, 0].numpy()
+            judge_trace(trace, client, mine, metres)
         traces.append(trace)
     if num_shown < num_episodes:
         traces += record_traces(envs, agent, client, num_episodes - num_shown, seed + 1)
@@ -208,8 +210,19 @@ def record_traces(envs, agent, client: RewardClient | None, num_episodes: int, s
     return traces
 
 
-def _judge_windows(trace: Trace, client: RewardClient, frames: dict, distance: Tensor | None) -> None:
-    """Set what the trace says of the windows that end at each step (of the first buffer), in place."""
+def judge_trace(trace: Trace, client: RewardClient, frames: dict, distance: Tensor | None) -> None:
+    """Let the reward model judge an episode: sets the trace's score and verdict, of windows its labels and
+    truth too.
+
+    frames: view -> (T, H, W, 3) uint8; distance: (T-1,) metres to success after each step, None where the
+    task has no rule. A window counts at the step it ends with; of several buffers the first one's do.
+    """
+    if not client.cfg.of_windows:
+        score = client.score({view: frames[view] for view in client.views}).success_prob
+        first = torch.arange(len(score)) == 0  # the reset's frame, of which nothing is remembered
+        trace.score = score.numpy()
+        trace.said = client.decision(1)(score[:, None], first[:, None])[:, 0].numpy()
+        return
     watch = make_watch(client.cfg, client, 1)
     after_reset = {view: frames[view][1:].cpu() for view in client.camera_views}
     success = torch.from_numpy(trace.truth[1:])
@@ -217,12 +230,17 @@ def _judge_windows(trace: Trace, client: RewardClient, frames: dict, distance: T
     for t, look in enumerate(look_back(watch, after_reset, success, distance)):
         client.submit(look.data, t * watch.num_slots + look.slots)
         truth[t, look.slots] = look.truth
-    prob = torch.full(truth.shape, torch.nan)
+    label_prob = torch.full((truth.numel(), len(client.parser.labels)), torch.nan)
     for verdicts in client.receive(wait=True):
-        mass = verdicts.label_prob.sum(1).clamp(min=1e-12)
-        prob.view(-1)[verdicts.keys] = verdicts.label_prob[:, POSITIVE] / mass
+        label_prob[verdicts.keys] = verdicts.label_prob
+    label_prob = label_prob[:: watch.num_slots].numpy()  # a row per step: the first buffer's
+    mass = label_prob.sum(1).clip(min=1e-12)
     trace.question = "positive"
-    trace.score[1:] = prob[:, 0].numpy()
+    trace.score[1:] = label_prob[:, POSITIVE] / mass
+    trace.labels = tuple(client.parser.labels)
+    trace.label_prob = np.concatenate([np.full_like(label_prob[:1], np.nan), label_prob])
     if (truth >= 0).any():
         trace.truth_of = "positive"
-        trace.truth[1:] = (truth[:, 0] == POSITIVE).numpy()
+        label = np.append(-1, truth[:, 0].numpy())
+        trace.truth, trace.known = label == POSITIVE, label >= 0
+        trace.true_label = label if trace.labels == LABELS else None  # a parser may have labels of its own

@@ -10,10 +10,12 @@ from typing import Any
 
 import numpy as np
 
+from common.episodes import VIEWS
 from common.files import atomic_write
 from common.metrics import Counts
 from common.report import plot_scores
 from common.session import Moment
+from common.trace_page import save_trace_page
 from common.video import Trace, save_video
 
 UNKNOWN = -1  # truth that nobody has marked
@@ -42,11 +44,11 @@ ARRAYS = {
 
 
 class LiveTrace:
-    """Rows of all steps, and the frames of the last `num_frames`."""
+    """Rows of all steps, and the frames of the last `num_frames`, of the main camera and a second one."""
 
     def __init__(self, num_frames: int):
         self._rows: list[tuple] = []
-        self._frames: deque[np.ndarray] = deque(maxlen=num_frames)
+        self._frames: deque[dict[str, np.ndarray]] = deque(maxlen=num_frames)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -58,7 +60,7 @@ class LiveTrace:
         in_zone = moment.info["in_zone"]
         self._rows.append((time_s, moment.episode, moment.step, prob, verdict, truth, in_zone))
         if "main_images" in moment.frames:
-            self._frames.append(moment.frames["main_images"])
+            self._frames.append({view: moment.frames[view] for view in VIEWS if view in moment.frames})
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Name -> (T,), see ARRAYS."""
@@ -71,18 +73,27 @@ class LiveTrace:
             np.savez(file, **self.arrays())
 
     def draw(self, folder: Path, threshold: float, rate_hz: float) -> None:
-        """trace.mp4 and scores.png of the last frames, an episode each."""
+        """traces.html, trace.mp4 and scores.png of the last frames, an episode each."""
         if not self._frames:
             return
         arrays = {name: column[-len(self._frames) :] for name, column in self.arrays().items()}
-        frames = np.stack(self._frames)
+        frames = {view: np.stack([shown[view] for shown in self._frames]) for view in self._frames[0]}
         traces = []
         for episode in np.unique(arrays["episode"]):
             mine = arrays["episode"] == episode
-            truth = arrays["truth"][mine] == 1
-            trace = Trace(frames[mine], arrays["prob"][mine], truth, f"episode {episode}")
-            trace.said = arrays["verdict"][mine]
+            truth = arrays["truth"][mine]
+            trace = Trace(
+                frames["main_images"][mine],
+                arrays["prob"][mine],
+                truth == 1,
+                f"episode {episode}",
+                said=arrays["verdict"][mine],
+                known=truth != UNKNOWN,
+                extra_frames=frames["extra_view_images"][mine] if "extra_view_images" in frames else None,
+                first_step=int(arrays["step"][mine][0]),
+            )
             traces.append(trace)
+        save_trace_page(traces, threshold, folder / "traces.html", f"{folder.name}: live session", rate_hz)
         save_video(traces, threshold, folder / "trace.mp4", round(rate_hz))
         plot_scores(traces, threshold, folder / "scores.png")
 

@@ -10,6 +10,7 @@ from common.checkpoint import load_checkpoint, rng_state, save_checkpoint, set_r
 from common.evaluation import Evaluation, evaluate, record_traces
 from common.log import LoggerConfig, RunLog
 from common.report import plot_learning_curves, plot_scores
+from common.trace_page import save_trace_page
 from common.video import save_video
 
 # Evaluation during training, the final one and the video never see the episodes of training or of each other.
@@ -147,7 +148,7 @@ class Run:
         return {**final, "env_steps": self.step, "best_step": self.best_step}
 
     def draw(self, fps: int) -> None:
-        """curves.png, scores.png and eval.mp4 of the present agent."""
+        """curves.png, and of fresh episodes of the present agent traces.html, scores.png and eval.mp4."""
         runner = self.runner
         if not runner.only_eval:
             plot_learning_curves(self.folder / "metrics.jsonl", self.folder / "curves.png")
@@ -156,5 +157,7 @@ class Run:
                 self.eval_envs, self.agent, self.client, runner.num_video_episodes, VIDEO_SEED + runner.seed
             )
             threshold = self.client.threshold if self.client is not None else 1.0
+            title = f"{self.folder.name}: the policy at env step {self.step:,}"
+            save_trace_page(traces, threshold, self.folder / "traces.html", title, fps)
             plot_scores(traces, threshold, self.folder / "scores.png")
             save_video(traces, threshold, self.folder / "eval.mp4", fps)

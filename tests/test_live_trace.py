@@ -1,5 +1,8 @@
 """common/live_trace.py: numbers of a live session that can be counted by hand."""
 
+import json
+import re
+
 import numpy as np
 import pytest
 
@@ -80,12 +83,21 @@ def test_a_trace_keeps_all_rows_and_the_last_frames(tmp_path):
     for t in range(12):
         frame = np.full((32, 32, 3), 10 * t, np.uint8)
         info = {"success_prob": None if t == 3 else t / 12, "verdict": t > 8, "in_zone": t > 6}
-        moment = Moment(t // 6, t % 6 + 1, {"main_images": frame}, 0.0, info, [], t % 6 == 5)
-        trace.add(moment, int(t > 6), time_s=t / 10)
+        shown = {"main_images": frame, "extra_view_images": frame}
+        moment = Moment(t // 6, t % 6 + 1, shown, 0.0, info, [], t % 6 == 5)
+        trace.add(moment, X if t == 7 else int(t > 6), time_s=t / 10)
     trace.save(tmp_path / "trace.npz")
     with np.load(tmp_path / "trace.npz") as saved:
         assert {name: saved[name].dtype for name in saved} == {n: np.dtype(k) for n, k in ARRAYS.items()}
         assert np.isnan(saved["prob"]).tolist() == [t == 3 for t in range(12)]
-        assert saved["truth"].tolist() == [0] * 7 + [1] * 5
+        assert saved["truth"].tolist() == [0] * 7 + [X] + [1] * 4
     trace.draw(tmp_path, threshold=0.5, rate_hz=10)
     assert (tmp_path / "trace.mp4").stat().st_size > 0 and (tmp_path / "scores.png").stat().st_size > 0
+    data = re.search(r'id="data">(.*?)</script>', (tmp_path / "traces.html").read_text())[1]
+    # of 12 steps the last 8: two of the first episode; the second has a false positive
+    second, first = json.loads(data)["episodes"]
+    assert (first["title"], first["first_step"], len(first["truth"])) == ("episode 0", 5, 2)
+    assert (second["title"], second["first_step"], len(second["truth"])) == ("episode 1", 1, 6)
+    assert second["truth"] == [False, None, True, True, True, True]
+    assert second["score"] == [round(t / 12, 4) for t in range(6, 12)]
+    assert [view["name"] for view in second["views"]] == ["main camera", "second camera"]

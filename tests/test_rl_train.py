@@ -156,7 +156,8 @@ def test_demo(made, tmp_path):
     )
     assert "of 2 fresh episodes" in out
     made_files = {path.name for path in folder.iterdir()}
-    files = {"config.yaml", "metrics.jsonl", "summary.json", "curves.png", "scores.png", "eval.mp4"}
+    files = {"config.yaml", "metrics.jsonl", "summary.json"}
+    files |= {"curves.png", "traces.html", "scores.png", "eval.mp4"}
     assert made_files == files | {"checkpoints", "tensorboard"}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]  # nothing anywhere else
 

@@ -154,6 +154,8 @@ def test_evaluation_and_traces_of_windows():
     np.testing.assert_array_equal(second.score, [np.nan, np.nan, 0, 0, 0, 0])
     assert (first.question, first.truth_of) == ("positive", "success")  # no geometry is known here
     assert first.truth.tolist() == [False] * 5 + [True] and not first.wrong(0.5).any()
+    assert first.labels == ("positive", "negative", "unclear") and first.true_label is None
+    np.testing.assert_array_equal(first.label_prob[:3], [[np.nan] * 3, [np.nan] * 3, [1, 0, 0]])
 
 
 @pytest.mark.parametrize("assign", [False, True])
