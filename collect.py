@@ -2,6 +2,7 @@
 
     python collect.py configs/demo_collect.yaml [key=value ...]
     python collect.py configs/x.yaml --render-from DIR [key=value ...]    (draw recorded episodes, see below)
+    python collect.py --view DIR [--model CHECKPOINT]                 (look at recorded episodes)
     python collect.py configs/realworld_collect_dataset.yaml          (label frames with keys)
     python collect.py configs/realworld_collect_fixed_pose.yaml       (episodes that end at a target pose)
 
@@ -15,8 +16,13 @@ A second start with the same `log_path` goes on where the first one stopped.
 
 Episodes collected with `env.eval.data_collection.frames=sim_state` have no pictures. `--render-from` draws
 those in DIR by the cameras of the config and writes them anew: cameras can be tried on the same episodes.
+
+`--view` writes `DIR/traces.html`, a page for the browser: the video of each episode and, on one time line,
+what was true; with `--model` also what a reward model's checkpoint says, false positives first. It shows 40
+episodes at most (`--episodes N`).
 """
 
+import argparse
 import sys
 import time
 from contextlib import closing
@@ -36,6 +42,7 @@ from common.franka_config import FrankaConfig
 from common.labelling import FrameFacts, FrameStore, progress_line, write_payloads
 from common.log import LoggerConfig
 from common.policy_mix import CheckpointPolicy, Mix, RandomPolicy, ScriptedPolicy
+from common.recorded import save_recorded_page
 from common.rerender import render_episodes
 from common.robot_envs import RobotEnvs, need_camera, render_facts
 from common.runtime import UserError, run_script, seed_everything, set_threads
@@ -300,6 +307,19 @@ def render(cfg: Config, source: Path, run_dir: Path, folder: Path) -> dict:
     return {"num_episodes": len(paths), "seconds": seconds}
 
 
+def view(argv: list[str]) -> None:
+    """A page of recorded episodes, to look through in a browser."""
+    parser = argparse.ArgumentParser(prog="collect.py", description="A page of recorded episodes.")
+    parser.add_argument("--view", type=Path, required=True, metavar="DIR", help="folder with episodes")
+    parser.add_argument("--model", type=Path, metavar="CHECKPOINT", help="of a reward model, to score them")
+    parser.add_argument("--episodes", type=int, default=40, metavar="N", help="shown, at most (default: 40)")
+    args = parser.parse_args(argv)
+    if args.episodes < 1:
+        raise UserError(f"--episodes {args.episodes}: must be 1 or more")
+    page = args.view / "traces.html"
+    print(f"{save_recorded_page(args.view, args.model, args.episodes, page)}; open {page} in a browser")
+
+
 def print_table(summary: dict, folder: Path) -> None:
     print(f"\n{'policy':<20}{'episodes':>10}{'succeeded once':>16}")
     for row in summary["by_policy"]:
@@ -313,6 +333,9 @@ def print_table(summary: dict, folder: Path) -> None:
 
 def main() -> None:
     argv, source = sys.argv[1:], None
+    if "--view" in argv:
+        set_threads(1)
+        return view(argv)
     if "--render-from" in argv:
         at = argv.index("--render-from")
         if at + 1 == len(argv):

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from common.envs import EnvSpec, Render
-from common.episodes import VIEWS
+from common.episodes import VIEWS, Episode
 from common.link import LinkConfig, ScoreLink
 from common.link_keys import parse_address
 from common.processes import Child
@@ -256,13 +256,13 @@ class RewardClient:
         rule = self.parser if windows else self.threshold
         return type(verdicts).judge(verdicts.keys, torch.stack(rows), rule)
 
-    def check_envs(self, spec: EnvSpec) -> None:
+    def check_envs(self, spec: EnvSpec | Episode) -> None:
         """UserError with each difference from the frames the model was trained on, and from their rate where
-        it judges motion."""
+        it judges motion. spec: of the envs, or an episode; its `render` and `control` are looked at."""
         trained, ours, theirs = self.meta.get("render"), {}, {}
         if trained is not None:
             ours, theirs = _flatten(spec.render, self.views), _flatten(trained, self.views)
-        if self.cfg.of_windows and self.meta.get("control"):
+        if self.cfg.of_windows and self.meta.get("control") and spec.control is not None:
             ours["freq_hz"], theirs["freq_hz"] = spec.control.get("freq_hz"), self.meta["control"]["freq_hz"]
         different = [
             f"{k}: trained on {theirs.get(k)}, here {ours.get(k)}"

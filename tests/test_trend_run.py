@@ -1,6 +1,7 @@
 """QwenTrend from episodes to RL, every script as a user runs it; and what a perfect trend model can teach."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -108,7 +109,25 @@ def test_from_episodes_to_sac(made, tmp_path):
     assert "true success" in out
     final = summary(tmp_path / "rl")
     assert {"true_success_once", "model_return", "positive_share", "label_mass"} <= set(final)
-    assert (tmp_path / "rl" / "scores.png").is_file() and (tmp_path / "rl" / "eval.mp4").is_file()
+    assert {path.name for path in (tmp_path / "rl").iterdir()} >= {"traces.html", "scores.png", "eval.mp4"}
+
+
+@pytest.mark.slow
+def test_collected_episodes_are_looked_at_with_an_adapters_labels(made, tmp_path):
+    shutil.copytree(made.episodes, tmp_path / "episodes")
+    options = [
+        "--view",
+        str(tmp_path / "episodes"),
+        "--model",
+        f"{made.trained}/checkpoint",
+        "--episodes",
+        "5",
+    ]
+    out = run("collect.py", *options, cwd=tmp_path)
+    assert f"open {tmp_path}/episodes/traces.html in a browser" in out
+    page = (tmp_path / "episodes" / "traces.html").read_text()
+    assert "5 of 12 episodes, those with most false positives" in page
+    assert '"labels": ["positive", "negative", "unclear"]' in page
 
 
 @pytest.mark.slow
