@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from common.files import atomic_write, to_json
+from common.rewards import reaches
 from common.video import OPPOSITE, Trace
 
 TEMPLATE = Path(__file__).with_suffix(".html")
@@ -75,6 +77,7 @@ def _episode(trace: Trace, threshold: float) -> dict[str, Any]:
         "says": [trace.question, OPPOSITE[trace.question]],
         "truth_says": [trace.truth_of, OPPOSITE[trace.truth_of]],
         "score": [round(float(score), 4) for score in trace.score],
+        "reaches": reaches(torch.from_numpy(trace.score), threshold),
         "verdict": verdict,
         "truth": [
             bool(true) if known else None for true, known in zip(trace.truth, trace.known, strict=True)

@@ -93,6 +93,14 @@ def test_a_part_that_looks_like_a_place_is_left_alone():
     assert fill("a {{X}} b {{Y}}", {"X": "{{Y}}", "Y": "y"}) == "a {{Y}} b y"
 
 
+def test_a_held_verdict_is_shown_and_not_the_bare_score(tmp_path: Path):
+    held = trace([0.6, 0.7, 0.1], [0, 0, 0], "held", said=np.array([False, True, True]))
+    save_trace_page([held], 0.5, tmp_path / "traces.html", "a run", fps=10)
+    (episode,) = read(tmp_path / "traces.html")[1]["episodes"]
+    assert episode["verdict"] == episode["wrong"] == [False, True, True]
+    assert episode["reaches"] == [True, True, False]
+
+
 def test_windows_bring_their_labels(tmp_path: Path):
     prob = np.array([[NAN] * 3, [0.6, 0.1, 0.2], [0.1, 0.5, 0.2], [0, 0, 0]], np.float32)
     windows = trace([NAN, 0.67, 0.12, 0.0], [0, 0, 0, 1], "windows", question="positive", truth_of="positive")
