@@ -93,7 +93,8 @@ class LiveTrace:
                 first_step=int(arrays["step"][mine][0]),
             )
             traces.append(trace)
-        save_trace_page(traces, threshold, folder / "traces.html", f"{folder.name}: live session", rate_hz)
+        note = f"The last {len(self._frames)} steps of the session."
+        save_trace_page(traces, threshold, folder / "traces.html", str(folder), rate_hz, note)
         save_video(traces, threshold, folder / "trace.mp4", round(rate_hz))
         plot_scores(traces, threshold, folder / "scores.png")
 

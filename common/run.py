@@ -157,7 +157,7 @@ class Run:
                 self.eval_envs, self.agent, self.client, runner.num_video_episodes, VIDEO_SEED + runner.seed
             )
             threshold = self.client.threshold if self.client is not None else 1.0
-            title = f"{self.folder.name}: the policy at env step {self.step:,}"
-            save_trace_page(traces, threshold, self.folder / "traces.html", title, fps)
+            title, note = str(self.folder), "Fresh episodes of the policy."
+            save_trace_page(traces, threshold, self.folder / "traces.html", title, fps, note)
             plot_scores(traces, threshold, self.folder / "scores.png")
             save_video(traces, threshold, self.folder / "eval.mp4", fps)

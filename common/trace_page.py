@@ -22,7 +22,7 @@ from common.video import OPPOSITE, Trace
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 MAX_SIDE = 256  # pixels; larger frames are made smaller
-MAX_SHEET_SIDE = 16383  # pixels; WebP's limit
+MAX_SHEET_SIDE = 16000  # pixels; WebP's limit is 16383
 QUALITY = 80  # of WebP with loss,
 LOSS_PAYS = 1.5  # taken where without loss the sheet would be so many times as large
 
@@ -107,7 +107,7 @@ def _sheet(frames: np.ndarray) -> dict[str, Any]:
     columns = math.ceil(math.sqrt(count))
     rows = math.ceil(count / columns)
     scale = min(1, MAX_SIDE / max(height, width), MAX_SHEET_SIDE / (columns * max(height, width)))
-    size = max(1, int(width * scale)), max(1, int(height * scale))
+    size = max(1, round(width * scale)), max(1, round(height * scale))
     sheet = Image.new("RGB", (columns * size[0], rows * size[1]))
     for number, frame in enumerate(frames):
         picture = Image.fromarray(frame)
