@@ -16,6 +16,7 @@ from common.runtime import UserError
 STEP_M = 0.1  # what an action of 1 moves the gripper by in one control step
 OPEN, CLOSED = 1.0, -1.0
 CLEAR_HEIGHT = 0.12  # the closed hand passes over a cube
+SPHERE_LOW = 0.032  # of the sphere's centre over the bin's: it lies there at .025
 SHOVE_HEIGHT, SHOVE_STEP = 0.03, 0.06  # longer steps near the end of the arm's reach find no joint solution
 
 
@@ -56,17 +57,34 @@ def pick_cube(tcp: Tensor, cube: Tensor, goal: Tensor, grasped: Tensor) -> tuple
     return target, gripper
 
 
+def place_sphere(tcp: Tensor, sphere: Tensor, goal: Tensor, grasped: Tensor) -> tuple[Tensor, Tensor]:
+    """Picked as a cube is, carried over the bin, lowered into it, let go; then the hand goes up."""
+    across = (sphere[:, :2] - goal[:, :2]).norm(dim=1)
+    low = sphere[:, 2] - goal[:, 2] < SPHERE_LOW
+    into_bin = goal.clone()
+    into_bin[:, 2] += torch.where(across < 0.01, 0.02, 0.1)
+    target, gripper = pick_cube(tcp, sphere, into_bin, grasped)
+    placed = (across < 0.02) & low
+    up = tcp.clone()
+    up[:, 2] += torch.where(grasped > 0.5, 0.0, 0.05)
+    target = torch.where(placed[:, None], up, target)
+    return target, torch.where(placed, OPEN, gripper)
+
+
 EXPERTS: dict[str, Callable] = {
     "PushCube-v1": push_cube,
     "PullCube-v1": pull_cube,
     "PickCube-v1": pick_cube,
+    "PlaceSphere-v1": place_sphere,
 }
 
 AWAY: dict[str, Callable] = {  # who brings an object to a goal on its other side
     "PushCube-v1": pull_cube,
     "PullCube-v1": push_cube,
     "PickCube-v1": pick_cube,
+    "PlaceSphere-v1": pick_cube,
 }
+GOALS = ("goal_pos", "bin_pos")  # what tasks call the place of their goal
 
 
 class ScriptedExpert:
@@ -116,9 +134,8 @@ class ScriptedExpert:
     def _parts(self, obs: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """tcp, cube, goal (N, 3) in metres, grasped (N,)."""
         start = {name: columns[0] for name, columns in self.layout.items()}
-        tcp, cube, goal = (
-            obs[:, start[name] : start[name] + 3] for name in ("tcp_pose", "obj_pose", "goal_pos")
-        )
+        names = ("tcp_pose", "obj_pose", *(name for name in GOALS if name in start))
+        tcp, cube, goal = (obs[:, start[name] : start[name] + 3] for name in names)
         grasped = obs[:, start["is_grasped"]] if "is_grasped" in start else torch.zeros(len(obs))
         return tcp, cube, goal, grasped
 
