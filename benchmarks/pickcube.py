@@ -29,6 +29,10 @@ from common.files import load_json, save_json  # noqa: E402
 from common.runtime import run_script, versions  # noqa: E402
 
 PRIORS = {"good": "configs/pickcube_collect.yaml", "poor": "configs/pickcube_poor_collect.yaml"}
+LONGER = {
+    "good": [],
+    "poor": ["runner.max_steps=6000", "runner.val_check_interval=2000"],
+}  # RL has more to do
 PLAIN = "logs/pickcube"  # the folder that the shipped configs name
 NEAR = "configs/pickcube_near_collect.yaml"
 SINGLE_FRAMES = ["reward.hold_k=1", "reward.hold_n=1"]
@@ -51,6 +55,7 @@ CONTROLS = {
         *["actor.model.norm_obs=false", "algorithm.rollout_noise=null"],
     ],
 }
+WITHOUT_PRIOR = ("few", "none")  # the same whatever the prior data
 
 
 def stages(folder: str, seed: int, prior: str = "good") -> dict[str, list[str]]:
@@ -74,7 +79,7 @@ def stages(folder: str, seed: int, prior: str = "good") -> dict[str, list[str]]:
             *["--view", "main_images", "extra_view_images", "--fail-success-ratio", "10"],
         ],
         "train": ["train_resnet.py", "configs/pickcube_resnet.yaml", into(folder, "resnet"), *train],
-        "rl": ["rl_train.py", "configs/pickcube_rl.yaml", into(folder, "rl"), *rl],
+        "rl": ["rl_train.py", "configs/pickcube_rl.yaml", into(folder, "rl"), *LONGER[prior], *rl],
     }
 
 
@@ -110,6 +115,8 @@ def run_controls(folder: str, seed: int, prior: str = "good") -> dict[str, list[
     command = [part for part in stages(folder, seed, prior)["rl"] if "log_path" not in part]
     out = {}
     for name, changes in CONTROLS.items():
+        if prior != "good" and name in WITHOUT_PRIOR:
+            continue
         to = f"rl_{name.replace(' ', '_')}"
         few = few_episodes(folder, seed) if name == "few" else []
         run_stage([*command, into(folder, to), *changes, *few])
