@@ -45,6 +45,7 @@ CONTROLS = {
     "shuffled": ["reward.shuffle_scores=true"],
     "terminal": [
         "reward.reward_mode=terminal",
+        "algorithm.bootstrap_type=none",  # the reward comes on the last step of a fixed horizon
         "reward.hold_k=1",
         "reward.hold_n=1",
         "reward.reward_weight=1",
