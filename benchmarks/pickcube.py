@@ -36,6 +36,13 @@ LONGER = {
 PLAIN = "logs/pickcube"  # the folder that the shipped configs name
 NEAR = "configs/pickcube_near_collect.yaml"
 SINGLE_FRAMES = ["reward.hold_k=1", "reward.hold_n=1"]
+TASKS = {  # what differs from PickCube, and the label
+    "PickCube-v1": ([], "is_obj_placed"),
+    "PlaceSphere-v1": (
+        ["env.eval.task=PlaceSphere-v1", "env.eval.observe_fine={tcp_to_obj_pos: [0.03, 0.1]}"],
+        "success",
+    ),
+}
 ONLY_IMITATE = ["runner.max_steps=2"]
 CONTROLS = {
     "nothing": ["reward.reward_weight=0"],
@@ -59,15 +66,16 @@ CONTROLS = {
 WITHOUT_PRIOR = ("few", "none")  # the same whatever the prior data
 
 
-def stages(folder: str, seed: int, prior: str = "good") -> dict[str, list[str]]:
+def stages(folder: str, seed: int, prior: str, task: str) -> dict[str, list[str]]:
     """Name -> plain command. The shipped configs say logs/pickcube; the command line says what differs."""
+    differs, label = TASKS[task]
     seeded = [f"runner.seed={seed}"] if seed else []
     near, train, rl = ([f"runner.seed={500 + seed}"] if seed else []), list(seeded), list(seeded)
     if folder != PLAIN:
         train += [f"data.{split}_data_paths={folder}/reward_data/{split}.pt" for split in ("train", "val")]
         rl += [f"algorithm.prior_data={folder}/frames/prior/collected_data"]
         rl += [f"reward.model.model_path={folder}/resnet/checkpoint"]
-    collect, near_misses = (["collect.py", config] for config in (PRIORS[prior], NEAR))
+    collect, near_misses = (["collect.py", config, *differs] for config in (PRIORS[prior], NEAR))
     draw = [*collect, "--render-from"]
     return {
         "collect": [*collect, into(folder, "collect"), *seeded],
@@ -76,11 +84,11 @@ def stages(folder: str, seed: int, prior: str = "good") -> dict[str, list[str]]:
         "draw near misses": [*draw, f"{folder}/near/collected_data", into(folder, "frames/near")],
         "preprocess": [
             *["preprocess_resnet.py", "--raw-data-path", f"{folder}/frames"],
-            *["--output-dir", f"{folder}/reward_data", "--label", "is_obj_placed"],
+            *["--output-dir", f"{folder}/reward_data", "--label", label],
             *["--view", "main_images", "extra_view_images", "--fail-success-ratio", "10"],
         ],
         "train": ["train_resnet.py", "configs/pickcube_resnet.yaml", into(folder, "resnet"), *train],
-        "rl": ["rl_train.py", "configs/pickcube_rl.yaml", into(folder, "rl"), *LONGER[prior], *rl],
+        "rl": ["rl_train.py", "configs/pickcube_rl.yaml", into(folder, "rl"), *differs, *LONGER[prior], *rl],
     }
 
 
@@ -88,11 +96,11 @@ def into(folder: str, name: str) -> str:
     return f"runner.logger.log_path={folder}/{name}"
 
 
-def run_seed(folder: str, seed: int, prior: str = "good") -> dict:
+def run_seed(folder: str, seed: int, prior: str, task: str) -> dict:
     """All stages. -> what logs/pickcube/summary.json holds."""
     move_aside(ROOT / folder)
     start = time.perf_counter()
-    seconds = {name: run_stage(command) for name, command in stages(folder, seed, prior).items()}
+    seconds = {name: run_stage(command) for name, command in stages(folder, seed, prior, task).items()}
     seconds["all"] = round(time.perf_counter() - start, 1)
     collect, resnet, rl = (
         load_json(ROOT / folder / stage / "summary.json") for stage in ("collect", "resnet", "rl")
@@ -111,28 +119,28 @@ def run_seed(folder: str, seed: int, prior: str = "good") -> dict:
     return summary
 
 
-def run_controls(folder: str, seed: int, prior: str = "good") -> dict[str, list[float]]:
+def run_controls(folder: str, seed: int, prior: str, task: str) -> dict[str, list[float]]:
     """Control -> true success once and at the end."""
-    command = [part for part in stages(folder, seed, prior)["rl"] if "log_path" not in part]
+    command = [part for part in stages(folder, seed, prior, task)["rl"] if "log_path" not in part]
     out = {}
     for name, changes in CONTROLS.items():
         if prior != "good" and name in WITHOUT_PRIOR:
             continue
         to = f"rl_{name.replace(' ', '_')}"
-        few = few_episodes(folder, seed) if name == "few" else []
+        few = few_episodes(folder, seed, task) if name == "few" else []
         run_stage([*command, into(folder, to), *changes, *few])
         rl = load_json(ROOT / folder / to / "summary.json")
         out[name] = [rl["true_success_once"], rl["true_success_at_end"]]
     return out
 
 
-def few_episodes(folder: str, seed: int) -> list[str]:
+def few_episodes(folder: str, seed: int, task: str) -> list[str]:
     """20 episodes of the scripted expert, and what makes RL use them instead of the prior data."""
     expert = ["runner.num_episodes=20", "policies=[{name: scripted, noise: [0.0, 0.1]}]"]
-    collect = ["collect.py", PRIORS["good"], f"runner.seed={900 + seed}", *expert]
-    run_stage([*collect, into(folder, "few")])
-    drawn = into(folder, "frames_few")
-    run_stage(["collect.py", PRIORS["good"], "--render-from", f"{folder}/few/collected_data", drawn])
+    collect = ["collect.py", PRIORS["good"], *TASKS[task][0]]
+    run_stage([*collect, f"runner.seed={900 + seed}", *expert, into(folder, "few")])
+    draw = [*collect, "--render-from", f"{folder}/few/collected_data"]
+    run_stage([*draw, into(folder, "frames_few")])
     return [f"algorithm.prior_data={folder}/frames_few/collected_data"]
 
 
@@ -148,7 +156,7 @@ def print_report(folder: str, summary: dict) -> None:
     truth = f"{summary['true_success_once']:.2f} once, {summary['true_success_at_end']:.2f} at the end"
     print(f"TRUE success in {summary['num_episodes']} fresh episodes: {truth}")
     print(f"by the reward model: {summary['learned_success']:.2f} (gap {summary['hack_gap']:+.1f} points)")
-    print(f"look at {folder}/rl/eval.mp4, {folder}/rl/scores.png, {folder}/rl/curves.png")
+    print(f"look at {folder}/rl/traces.html, {folder}/rl/eval.mp4, {folder}/rl/curves.png")
 
 
 def print_table(rows: list[dict]) -> None:
@@ -173,9 +181,13 @@ def print_table(rows: list[dict]) -> None:
 def main() -> None:
     parser = seed_parser(__doc__)
     parser.add_argument("--prior", choices=PRIORS, default="good", help="30 or 13 %% of its episodes succeed")
+    parser.add_argument(
+        "--task", choices=TASKS, default="PickCube-v1", help="another one, which nobody tuned"
+    )
     args = parser.parse_args()
-    plain = PLAIN if args.prior == "good" else f"{PLAIN}-{args.prior}"
-    run, control = (partial(function, prior=args.prior) for function in (run_seed, run_controls))
+    plain = PLAIN if args.task == "PickCube-v1" else "logs/placesphere"
+    plain += "" if args.prior == "good" else f"-{args.prior}"
+    run, control = (partial(stage, prior=args.prior, task=args.task) for stage in (run_seed, run_controls))
     run_seeds(args, plain, run, control, print_report, print_table)
 
 

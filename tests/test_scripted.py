@@ -14,7 +14,7 @@ TINY = CameraConfig(width=8, height=8)  # nothing is rendered here
 
 @pytest.mark.parametrize(
     ("task", "num_steps", "at_least"),
-    [("PullCube-v1", 15, 9), ("PushCube-v1", 15, 8), ("PickCube-v1", 20, 9)],
+    [("PullCube-v1", 15, 9), ("PushCube-v1", 15, 8), ("PickCube-v1", 20, 9), ("PlaceSphere-v1", 22, 8)],
 )
 def test_expert_succeeds(task: str, num_steps: int, at_least: int):
     """Of ten episodes, in 10 Hz steps; the control where nobody acts succeeds in none."""
@@ -140,4 +140,4 @@ def test_what_no_expert_can_do_is_refused():
         ScriptedExpert("RollBall-v1", "pd_ee_delta_pos", LAYOUT)
     with pytest.raises(UserError, match=r"speak pd_ee_delta_pos, not pd_joint_delta_pos"):
         ScriptedExpert("PickCube-v1", "pd_joint_delta_pos", LAYOUT)
-    assert set(EXPERTS) == {"PushCube-v1", "PullCube-v1", "PickCube-v1"}
+    assert set(EXPERTS) == {"PushCube-v1", "PullCube-v1", "PickCube-v1", "PlaceSphere-v1"}
