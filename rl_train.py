@@ -27,14 +27,14 @@ from common.devices import DevicesConfig
 from common.experience import EpisodeStats, Replay, Rollout
 from common.files import gone_if_refused, new_run_dir, save_json
 from common.franka_config import FrankaConfig
-from common.judging import distance_of, hear, make_audit, make_watch, pay
+from common.judging import distance_of, hear, make_audit, make_shaping, make_watch, pay
 from common.log import RunLog
 from common.nets import ActorModelConfig, OptimConfig
 from common.ppo import PPO, PPOConfig
 from common.prior import prior_buffer
 from common.processes import WorkerError
 from common.reward_client import RewardClient, RewardConfig
-from common.rewards import add_bootstrap, combine_reward
+from common.rewards import add_bootstrap, combine_reward, no_bootstrap
 from common.run import Run, RunnerConfig
 from common.runtime import UserError, pick_device, run_script, seed_everything, set_threads, versions
 from common.sac import SAC, SACConfig
@@ -107,6 +107,12 @@ class Config:
             raise ValueError("actor.model.pixels is for SAC; PPO sees the state alone: set it to null")
         if self.actor.model.pixels is not None and self.runner.async_rollout:
             raise ValueError("actor.model.pixels goes without runner.async_rollout: set one of them off")
+        if self.reward.shaping is not None and self.algorithm.name == "sac" and self.algorithm.imitates:
+            raise ValueError(
+                "imitation takes the episodes that were paid most, and reward.shaping pays differences, "
+                "whose sum says nothing of an episode: set imitation_coef and imitation_batch to 0, or "
+                "reward.shaping to null"
+            )
         if not self.reward.use_reward_model and self.reward.env_reward_weight == 0:
             raise ValueError("nobody pays: set reward.use_reward_model, or reward.env_reward_weight to 1")
 
@@ -188,6 +194,7 @@ def train_ppo(cfg: Config, run: Run, agent: PPO, envs, client: RewardClient | No
         make_watch(cfg.reward, client, n),
     )
     decision = None if client is None else client.decision(n)
+    shaping = make_shaping(cfg.reward, algorithm.gamma, watch.num_slots)
     obs = envs.reset(cfg.runner.seed + run.step)
     while run.running:
         steps, looks = [], []
@@ -206,14 +213,17 @@ def train_ppo(cfg: Config, run: Run, agent: PPO, envs, client: RewardClient | No
         }  # (T, N, ..)
 
         # The verdicts have been coming in while the envs moved; only now are they needed.
-        verdict = torch.zeros(algorithm.num_steps, watch.num_slots)
+        paid = verdict = torch.zeros(algorithm.num_steps, watch.num_slots)
         learned = torch.zeros(verdict.shape, dtype=torch.bool)
-        done = (rollout["terminated"] | rollout["truncated"]).cpu()
+        ends = rollout["terminated"].cpu(), rollout["truncated"].cpu()
+        done = ends[0] | ends[1]
         if client is not None:
             heard = hear(client, looks, done, decision, audit)
-            verdict, learned = heard.paid, heard.learned
+            paid, verdict, learned = heard.paid, heard.paid, heard.learned
+        if shaping is not None:
+            paid = shaping(heard.score, no_bootstrap(*ends, algorithm.bootstrap_type), done)
         lengths, bonus = (torch.stack([vars(look)[name] for look in looks]) for name in ("lengths", "bonus"))
-        model_reward = pay(cfg.reward, verdict, lengths, bonus, done).to(agent.device)
+        model_reward = pay(cfg.reward, paid, lengths, bonus, done).to(agent.device)
         reward = combine_reward(
             rollout["env_reward"], model_reward, cfg.reward.env_reward_weight, cfg.reward.reward_weight
         )
@@ -256,6 +266,7 @@ def start_sac(cfg: Config, run: Run, agent: SAC, client: RewardClient | None) ->
             cfg.reward,
             cfg.algorithm.bootstrap_type,
             agent.device,
+            cfg.algorithm.gamma,
         )
         run.log.log(run.step, prior.audit.metrics("prior"))
     if cfg.actor.model.norm_obs:
@@ -278,7 +289,7 @@ def start_sac(cfg: Config, run: Run, agent: SAC, client: RewardClient | None) ->
 def train_sac(cfg: Config, run: Run, agent: SAC, envs, client: RewardClient | None) -> None:
     algorithm, one_arm = cfg.algorithm, cfg.env.at_an_arm
     replay = start_sac(cfg, run, agent, client)
-    rollout = Rollout(envs, client, cfg.reward, algorithm.bootstrap_type)
+    rollout = Rollout(envs, client, cfg.reward, algorithm.bootstrap_type, algorithm.gamma)
     rollout.reset(cfg.runner.seed + run.step)
     updates_owed, losses = 0.0, {}
     while run.running:

@@ -103,7 +103,7 @@ def _rollout(connection: Connection, cfg: RolloutConfig, weights: SharedWeights)
             client.check_envs(envs.spec)
             client.set_task(envs.spec.task_description)
         agent = build_agent(cfg.algorithm, cfg.model, cfg.optim, envs.spec, envs.device)
-        rollout = Rollout(envs, client, cfg.reward, cfg.algorithm.bootstrap_type)
+        rollout = Rollout(envs, client, cfg.reward, cfg.algorithm.bootstrap_type, cfg.algorithm.gamma)
         rollout.reset(cfg.seed)
         steps, version, told_at = 0, -1, 0
         while not connection.poll():  # a closed pipe polls true: the learner is done

@@ -13,7 +13,16 @@ from torch import Tensor
 
 from common.buffers import FIELDS, ReplayBuffer, Transitions, mix_batches, n_step_returns
 from common.envs import EnvSpec
-from common.judging import Look, distance_of, hear, judged_inside, make_audit, make_watch, pay
+from common.judging import (
+    Look,
+    distance_of,
+    hear,
+    judged_inside,
+    make_audit,
+    make_shaping,
+    make_watch,
+    pay,
+)
 from common.prior import Prior, as_far_as_paid
 from common.reward_client import RewardClient, RewardConfig
 from common.rewards import BootstrapType, Verdicts, combine_reward, no_bootstrap
@@ -29,7 +38,8 @@ class _Taken:
     success: Tensor  # (N,) bool
     done: Tensor  # (N,) bool
     look: Look | None  # None: nobody judges
-    verdict: Tensor  # (B * N,) float32, what the verdict on each slot pays
+    verdict: Tensor  # (B * N,) float32, what the verdict on each slot is worth
+    paid: Tensor  # (B * N,) float32, what it pays: that, or a difference of potentials
     learned: Tensor  # (B * N,) bool: called a success
 
 
@@ -47,7 +57,15 @@ class Rollout:
     Envs in which the model judges already (`judging.judged_inside`) pay as they do, and it is not asked here.
     """
 
-    def __init__(self, envs, client: RewardClient | None, cfg: RewardConfig, bootstrap_type: BootstrapType):
+    def __init__(
+        self,
+        envs,
+        client: RewardClient | None,
+        cfg: RewardConfig,
+        bootstrap_type: BootstrapType,
+        gamma: float | None = None,
+    ):
+        """gamma: the learner's, for `reward.shaping`, which alone needs it."""
         self.envs, self.cfg, self.bootstrap_type = envs, cfg, bootstrap_type
         self.inside = judged_inside(envs.spec)
         self.client = None if self.inside else client
@@ -56,6 +74,7 @@ class Rollout:
         self.between_episodes = True  # all envs have just begun one
         self.watch = make_watch(cfg, self.client, self.num_envs)
         self.decision = None if self.client is None else client.decision(self.num_envs)
+        self.shaping = make_shaping(cfg, gamma, self.watch.num_slots)
         self.audit = make_audit(cfg)
         self.stats = EpisodeStats(self.num_envs, cfg)
         self._fresh: list[_Taken] = []  # since the model was last asked
@@ -96,7 +115,8 @@ class Rollout:
         if self.inside:
             learned, prob = (step.info[name].cpu() for name in ("learned_success", "success_prob"))
             self.audit.count(Verdicts(torch.arange(slots), prob, learned, step.env_reward.cpu()), success)
-        self._fresh.append(_Taken(transitions, step.env_reward, success, done, look, verdict, learned))
+        taken = _Taken(transitions, step.env_reward, success, done, look, verdict, verdict, learned)
+        self._fresh.append(taken)
         if len(self._fresh) >= self.cfg.verdict_every:
             self._ask()
         return iter(list(self._paid()))
@@ -133,8 +153,12 @@ class Rollout:
         if asked and self.client is not None:
             looks, done = [taken.look for taken in asked], torch.stack([taken.done for taken in asked])
             heard = hear(self.client, looks, done, self.decision, self.audit)
-            for taken, paid, learned in zip(asked, heard.paid, heard.learned, strict=True):
-                taken.verdict, taken.learned = paid, learned
+            paid = heard.paid
+            if self.shaping is not None:
+                terminal = torch.stack([taken.transitions["terminal"].cpu() for taken in asked])
+                paid = self.shaping(heard.score, terminal, done)
+            for taken, *row in zip(asked, heard.paid, paid, heard.learned, strict=True):
+                taken.verdict, taken.paid, taken.learned = row
         for taken in asked:
             self.stats.add(taken.success, taken.done, taken.learned, taken.verdict)
         self._judged.extend(asked)
@@ -158,7 +182,7 @@ class Rollout:
         rows = [self._judged[i] for i in range(self._lag + 1)]
         return pay(
             self.cfg,
-            torch.stack([row.verdict for row in rows]),
+            torch.stack([row.paid for row in rows]),
             torch.stack([row.look.lengths for row in rows]),
             torch.stack([row.look.bonus for row in rows]),
             torch.stack([row.done for row in rows]),

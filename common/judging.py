@@ -16,7 +16,7 @@ from common.envs import EnvSpec, Render
 from common.geometry import success_distance
 from common.history import HistoryBuffers, spread
 from common.reward_client import RewardClient, RewardConfig
-from common.rewards import Audit, Decision, TrendAudit, Verdicts, WindowVerdicts, worth
+from common.rewards import Audit, Decision, Shaping, TrendAudit, Verdicts, WindowVerdicts, worth
 from common.trend import trend_labels
 
 DISTANCE = "success_distance"
@@ -137,9 +137,9 @@ def distance_of(spec: EnvSpec, obs: Tensor) -> Tensor | None:
 class Heard:
     """What the reward model says of T steps, after the decision."""
 
-    paid: Tensor  # (T, B*N) float32: for each slot, 0 where nothing was asked
+    paid: Tensor  # (T, B*N) float32: what the verdict is worth; 0 where nothing was asked
     learned: Tensor  # (T, B*N) bool: called a success; of windows nowhere, a trend is no such verdict
-    score: Tensor  # (T, B*N) float32: success_prob; nan where nothing was asked, and of windows
+    score: Tensor  # (T, B*N) float32: success_prob, of windows what they are worth; nan: nothing was asked
 
 
 def hear(
@@ -157,17 +157,17 @@ def hear(
     see `Decision`, which judges frames; windows are worth what the parser says.
     """
     shape = len(looks), len(looks[0].lengths)
-    paid, score = torch.zeros(shape), torch.full(shape, torch.nan)
-    learned, truth = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape, dtype=looks[0].truth.dtype)
+    score, truth = torch.full(shape, torch.nan), torch.zeros(shape, dtype=looks[0].truth.dtype)
     for t, look in enumerate(looks):
         truth[t, look.slots] = look.truth
     heard = client.receive(wait=True)
     for verdicts in heard:
-        if isinstance(verdicts, WindowVerdicts):
-            paid.view(-1)[verdicts.keys] = verdicts.model_reward.cpu()
-        else:
-            score.view(-1)[verdicts.keys] = verdicts.success_prob.cpu()
-    if not client.cfg.of_windows:
+        said = verdicts.model_reward if isinstance(verdicts, WindowVerdicts) else verdicts.success_prob
+        score.view(-1)[verdicts.keys] = said.cpu()
+    if client.cfg.of_windows:
+        asked = torch.stack([look.lengths for look in looks]) > 0
+        paid, learned = torch.where(asked, score, 0.0), torch.zeros(shape, dtype=torch.bool)
+    else:
         learned = decision(score, done, allowed)
         paid = worth(score, learned)
         flat = [x.view(-1) for x in (score, learned, paid)]
@@ -177,11 +177,16 @@ def hear(
     return Heard(paid, learned, score)
 
 
+def make_shaping(cfg: RewardConfig, gamma: float | None, num_slots: int) -> Shaping | None:
+    """None: the verdicts themselves are paid."""
+    return None if cfg.shaping is None else Shaping(gamma, num_slots)
+
+
 def pay(cfg: RewardConfig, verdict: Tensor, lengths: Tensor, bonus: Tensor, done: Tensor) -> Tensor:
     """model_reward (T, N) of T steps.
 
-    verdict (T, B*N) float32: what the model paid for each slot; lengths (T, B*N); bonus (T, N); done (T, N)
-    bool, all of the same device. `history_reward_assign` spreads within these T steps.
+    verdict (T, B*N) float32: what the model, or its `Shaping`, pays for each slot; lengths (T, B*N); bonus
+    (T, N); done (T, N) bool, all of the same device. `history_reward_assign` spreads within these T steps.
     """
     if not cfg.of_windows:
         return verdict

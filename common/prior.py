@@ -13,10 +13,20 @@ from tqdm import tqdm
 from common.buffers import FIELDS, ReplayBuffer, Transitions
 from common.envs import EnvSpec, Render
 from common.episodes import Episode, frame_labels, list_episodes, read_episode, read_frames
-from common.judging import Look, distance_of, hear, judged_inside, look_back, make_audit, make_watch, pay
+from common.judging import (
+    Look,
+    distance_of,
+    hear,
+    judged_inside,
+    look_back,
+    make_audit,
+    make_shaping,
+    make_watch,
+    pay,
+)
 from common.pixels import seen_views, state_dim, to_pixels
 from common.reward_client import RewardClient, RewardConfig
-from common.rewards import Audit, BootstrapType, TrendAudit, combine_reward, no_bootstrap
+from common.rewards import Audit, BootstrapType, Shaping, TrendAudit, combine_reward, no_bootstrap
 from common.runtime import UserError
 
 
@@ -27,10 +37,12 @@ def prior_buffer(
     cfg: RewardConfig,
     bootstrap_type: BootstrapType,
     device: torch.device,
+    gamma: float | None = None,
 ) -> "Prior":
     """Every episode in `folders`, paid as the rollout pays: by the reward model, and by the recorded env
     reward where `env_reward_weight` is not 0. Where the model is part of the envs (`judging.judged_inside`),
-    each step that it calls a success is paid 1 and terminal, and no other one.
+    each step that it calls a success is paid 1 and terminal, and no other one. gamma: the learner's, for
+    `reward.shaping`, which alone needs it.
 
     RLPD (Ball et al., 2023) mixes such data half and half with fresh experience. UserError naming the episode
     that was not recorded in an env like `spec`, or whose frames the model does not know.
@@ -84,7 +96,9 @@ def prior_buffer(
     model_reward, success = env_reward * 0, torch.zeros_like(done)
     if looks:
         allowed = torch.cat(in_zone) if cfg.require_in_zone else torch.ones_like(done)
-        model_reward, success = _recorded_reward(client, looks, done, allowed, audit)
+        terminal = no_bootstrap(terminated, truncated, bootstrap_type)
+        shaping = make_shaping(cfg, gamma, watch.num_slots)
+        model_reward, success = _recorded_reward(client, looks, done, terminal, allowed, audit, shaping)
     weights = cfg.env_reward_weight, cfg.reward_weight
     if judged_inside(spec):
         terminated, truncated = success, (terminated | truncated) & ~success
@@ -140,14 +154,22 @@ def _with_pixels(states: Tensor, path: Path, spec: EnvSpec) -> Tensor:
 
 
 def _recorded_reward(
-    client: RewardClient, looks: list[Look], done: Tensor, allowed: Tensor, audit: Audit | TrendAudit
+    client: RewardClient,
+    looks: list[Look],
+    done: Tensor,
+    terminal: Tensor,
+    allowed: Tensor,
+    audit: Audit | TrendAudit,
+    shaping: Shaping | None,
 ) -> tuple[Tensor, Tensor]:
     """model_reward (T,) of recorded steps, whose looks have been submitted in order, and where one of them
-    was called a success (T,); done, allowed (T,): see `hear`."""
-    heard = hear(client, looks, done[:, None], client.decision(1), audit, allowed[:, None])
+    was called a success (T,); done, terminal, allowed (T,): see `hear` and `Shaping`."""
+    done, terminal, allowed = done[:, None], terminal[:, None], allowed[:, None]
+    heard = hear(client, looks, done, client.decision(1), audit, allowed)
+    paid = heard.paid if shaping is None else shaping(heard.score, terminal, done)
     audit.step(len(looks))
     lengths, bonus = (torch.stack([getattr(look, name) for look in looks]) for name in ("lengths", "bonus"))
-    reward = pay(client.cfg, heard.paid, lengths, bonus, done[:, None]).squeeze(1)
+    reward = pay(client.cfg, paid, lengths, bonus, done).squeeze(1)
     return reward, heard.learned.any(1)
 
 

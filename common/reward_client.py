@@ -53,6 +53,9 @@ class RewardConfig:
     standalone_realworld: bool = False  # at an arm: the verdict pays and ends episodes inside the env ...
     require_in_zone: bool = False  # ... where only frames with the gripper at the target pose vote for it
     use_reward_prob: bool = False  # teleop_eval.py: show the probability beside the verdict
+    # potential: on top of the env reward, pay gamma * Phi(s') - Phi(s), Phi being the score (of windows: what
+    # their reward would be), so that a wrong model cannot change what is optimal; null: pay the verdicts
+    shaping: Literal["potential"] | None = None
     history_reward_assign: bool = False  # pay a window's reward to each of its steps, not to the last alone
     shuffle_scores: bool = False  # for a control run: each score is swapped for one drawn from those so far
     verdict_every: int = 1  # env steps of SAC between two asks of the model: larger batches, later verdicts
@@ -70,6 +73,8 @@ class RewardConfig:
         if self.api is not None and not isinstance(self.model, VLMConfig):
             raise ValueError(f"reward.api serves vlm and history_vlm, not {self.model.model_type}")
         self._check_decision()
+        if self.shaping is not None:
+            self._check_shaping()
         self._check_placement()
         elsewhere = self.is_oracle or self.linked or self.api is not None
         if self.use_reward_model and not self.model_files and not elsewhere:
@@ -101,6 +106,22 @@ class RewardConfig:
             )
         if self.require_in_zone and not self.standalone_realworld:
             raise ValueError("require_in_zone goes with standalone_realworld: true")
+
+    def _check_shaping(self) -> None:
+        if not self.use_reward_model or self.standalone_realworld or self.reward_mode == "terminal":
+            raise ValueError(
+                "shaping pays differences of the reward model's score from step to step: it needs "
+                "use_reward_model true, reward_mode per_step or history_buffer, standalone_realworld false"
+            )
+        if self.env_reward_weight == 0:
+            raise ValueError("shaping alone has no optimum, it adds to the env reward: set env_reward_weight")
+        if self.of_windows:
+            extra = (self.history_reward_assign, self.model.interval_reward, self.model.gt_success_bonus)
+            if any(extra):
+                raise ValueError(
+                    "history_reward_assign, interval_reward and gt_success_bonus are no differences of a "
+                    "score, which is all that shaping pays: set them to false, 0 and 0"
+                )
 
     def _check_placement(self) -> None:
         if self.placement in ("auto", "inline", "worker"):

@@ -8,7 +8,8 @@
 `per_step` scores the true next observation of every step, `terminal` only the last one of an episode, and its
 reward lands on that step alone. `history_buffer` scores windows: the model gives a probability to each label,
 a parser says what that is worth (`common.prompts`), and the reward lands on the window's last step or, with
-`history_reward_assign`, on every step of it. Semantics follow RLinf's env worker.
+`history_reward_assign`, on every step of it. Semantics follow RLinf's env worker. With `shaping: potential`
+differences of the score are paid instead (`Shaping`), on top of the env reward.
 """
 
 from dataclasses import dataclass
@@ -130,6 +131,32 @@ class Decision:
         success = self._stands & ~abstains
         self._votes, self._stands = self._votes & ~done, self._stands & ~done
         return success
+
+
+class Shaping:
+    """gamma * Phi(s') - Phi(s) of N envs, in order of time, Phi being the reward model's score.
+
+    Whatever Phi says, what is optimal for the env reward stays optimal (Ng, Harada and Russell 1999): a wrong
+    model can slow learning down and cannot be exploited, for all it pays in an episode comes to Phi of its
+    ends. So Phi is 0 where the value of the next state does not count (`no_bootstrap`). It is 0 as well of an
+    episode's first state, whose picture nobody draws: a potential may depend on the time (Devlin and Kudenko
+    2012), and no start of a task is a success. A step without a score (nan) leaves Phi as it was.
+    """
+
+    def __init__(self, gamma: float, num_slots: int):
+        """num_slots: B * N, see `common.judging`."""
+        self.gamma = gamma
+        self._phi = torch.zeros(num_slots)
+
+    def __call__(self, score: Tensor, terminal: Tensor, done: Tensor) -> Tensor:
+        """(T, B*N) float32: what T steps that follow those before are paid, of score (T, B*N) and terminal,
+        done (T, N) bool; on the CPU."""
+        out, repeats = torch.empty_like(score), score.shape[1] // done.shape[1]
+        for t in range(len(score)):
+            phi = torch.where(score[t].isnan(), self._phi, score[t])
+            out[t] = self.gamma * torch.where(terminal[t].repeat(repeats), 0.0, phi) - self._phi
+            self._phi = torch.where(done[t].repeat(repeats), 0.0, phi)
+        return out
 
 
 def combine_reward(
