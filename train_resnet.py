@@ -25,6 +25,7 @@ import torchvision
 from tqdm import tqdm
 
 from common import config
+from common.drift import FrameStatistics
 from common.files import new_run_dir, save_json
 from common.frames import AugmentConfig, BatchIndices, FrameSet, augment, check_same_cameras, load_frames
 from common.log import LoggerConfig, RunLog
@@ -212,7 +213,7 @@ class Judge:
     def validate(self, step: int, train_loss: float, keep: bool) -> bool:
         """Score the validation frames, save the model if it is the best (or `keep`). True: time to stop."""
         self.last_step = step
-        success_prob = score_frames(self.model, self.val_set)
+        success_prob, statistics = score_and_look(self.model, self.val_set)
         label = self.val_set.labels
         rule = self.cfg.runner.threshold_rule
         threshold, counts, rule_kept = choose_threshold(success_prob, label, rule)
@@ -235,9 +236,9 @@ class Judge:
         merit = (round(card["auprc"], 4), -card["loss"])
         if merit > self.best_merit:
             self.best, self.best_merit = meta, merit
-            self.model.save(self.folder / "checkpoint", meta, golden)
+            self.model.save(self.folder / "checkpoint", meta, golden, statistics)
         if keep:
-            self.model.save(self.folder / "checkpoints" / f"step_{step:06d}", meta, golden)
+            self.model.save(self.folder / "checkpoints" / f"step_{step:06d}", meta, golden, statistics)
         return self.early_stop.is_due(card)
 
     def _sum_up(self) -> None:
@@ -274,6 +275,15 @@ def score_frames(model: ResNetRewardModel, frames: FrameSet, chunk: int = 1024) 
     model.eval()
     parts = np.array_split(np.arange(len(frames)), math.ceil(len(frames) / chunk))
     return np.concatenate([model.score(frames.by_view(part)).numpy() for part in parts])
+
+
+def score_and_look(model: ResNetRewardModel, frames: FrameSet) -> tuple[np.ndarray, FrameStatistics]:
+    """As `score_frames`, and what the frames looked like to the model, for the drift check in RL."""
+    looks: list[tuple[torch.Tensor, torch.Tensor]] = []
+    model.onlooker = lambda features, brightness: looks.append((features.cpu(), brightness.cpu()))
+    success_prob = score_frames(model, frames)
+    model.onlooker = None
+    return success_prob, FrameStatistics.of(*(torch.cat(part) for part in zip(*looks, strict=True)))
 
 
 def main() -> None:

@@ -7,8 +7,9 @@ Parameter names are RLinf's (`backbone.*`, torchvision's names below that), so w
 - `reward.json`: the network (`model_type`, `arch`, `hidden_dim`, `dropout`, `image_size`, `views`, `window`,
   `normalisation`), `threshold` and the rule that chose it, `frame_size` and `render` of the data's cameras,
   its hash, class counts and validation metrics.
-- `golden.safetensors`: `frames`, a few uint8 frames, and `success_prob`, their scores in plain fp32. They are
-  scored again at every load.
+- `golden.safetensors`: `frames/VIEW`, a few uint8 frames of each view, and `success_prob`, their scores in
+  plain fp32, compared again at every load; `feature_mean` and `feature_std` of the validation frames, whose
+  bounds are `frame_statistics` in `reward.json`: later frames are compared with them (`common.drift`).
 
 What a reward model must offer, of whatever kind: `score(frames) -> success_prob`, `views`, `window`, `meta`.
 """
@@ -24,6 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from common.drift import DriftWatch, FrameStatistics
 from common.files import load_json, load_torch, save_json, whole_folder
 from common.resnets import Arch, build_backbone, fast_forward, is_fast_at_bf16
 from common.runtime import UserError, pick_device
@@ -78,6 +80,8 @@ class ResNetRewardModel(nn.Module):
         self.views = tuple(section.views or ("main_images",))
         self.precision = section.precision
         self.meta: dict[str, Any] = {}
+        # told the features (B, F) and the brightness in [0, 1] (B, V) of whatever is scored
+        self.onlooker: Callable[[Tensor, Tensor], None] | None = None
         self.backbone = build_backbone(
             self.arch, section.pretrained, self.hidden_dim, self.dropout, len(self.views)
         )
@@ -135,11 +139,19 @@ class ResNetRewardModel(nn.Module):
         if self._fast_forward is None:
             self.eval()
             self._fast_forward = fast_forward(self.backbone, self.uses_bf16)
-        logits = [
-            self._fast_forward(self.preprocess(batch.to(self.device, non_blocking=True)))
-            for batch in images.split(batch_size)
-        ]
+        logits = []
+        for batch in images.split(batch_size):
+            pixels = self.preprocess(batch.to(self.device, non_blocking=True))
+            features = self._fast_forward(pixels)
+            logits.append(self.backbone.fc(features))
+            if self.onlooker is not None:
+                self.onlooker(features, self._brightness(pixels))
         return torch.cat(logits).squeeze(-1).sigmoid().cpu()
+
+    def _brightness(self, pixels: Tensor) -> Tensor:
+        """(B, V) in [0, 1] of preprocessed pixels (B, 3V, h, w)."""
+        channels = pixels.mean((2, 3)) * self.std.flatten() + self.mean.flatten()
+        return channels.unflatten(1, (len(self.views), 3)).mean(2)
 
     @property
     def uses_bf16(self) -> bool:
@@ -165,12 +177,18 @@ class ResNetRewardModel(nn.Module):
                 )
         return chosen[0] if len(chosen) == 1 else torch.stack(chosen, dim=1)
 
-    def save(self, folder: str | Path, meta: dict[str, Any], golden_frames: Tensor) -> None:
+    def save(
+        self,
+        folder: str | Path,
+        meta: dict[str, Any],
+        golden_frames: Tensor,
+        statistics: FrameStatistics | None = None,
+    ) -> None:
         """Write the checkpoint folder (format above), replacing an older one of that name in one step.
 
         `meta` is what only the trainer knows (threshold, frame_size, render, ...); `golden_frames` a few
-        uint8 images as `preprocess` takes them. The model is left in eval mode, and `self.meta` is what was
-        written.
+        uint8 images as `preprocess` takes them; `statistics` what frames looked like (`common.drift`). The
+        model is left in eval mode, and `self.meta` is what was written.
         """
         self.eval()
         with torch.inference_mode():
@@ -186,13 +204,19 @@ class ResNetRewardModel(nn.Module):
             "normalisation": {"mean": IMAGENET_MEAN, "std": IMAGENET_STD},
             **meta,
         }
+        golden = {"success_prob": golden_prob}
+        by_view = golden_frames if golden_frames.dim() == 5 else golden_frames.unsqueeze(1)
+        golden |= {f"frames/{view}": by_view[:, i].contiguous() for i, view in enumerate(self.views)}
+        if statistics is not None:
+            golden |= {"feature_mean": statistics.mean, "feature_std": statistics.std}
+            self.meta["frame_statistics"] = {
+                "max_distance": statistics.max_distance,
+                "brightness": dict(zip(self.views, statistics.brightness, strict=True)),
+            }
         weights = {name: value.contiguous() for name, value in self.state_dict().items()}
         with whole_folder(folder) as temporary:
             save_file(weights, temporary / "model.safetensors")
-            save_file(
-                {"frames": golden_frames.contiguous(), "success_prob": golden_prob},
-                temporary / "golden.safetensors",
-            )
+            save_file(golden, temporary / "golden.safetensors")
             save_json(self.meta, temporary / "reward.json")
 
     def load_weights(self, path: str | Path) -> None:
@@ -265,7 +289,17 @@ def load_resnet(section: ResNetRewardConfig, device: torch.device | None = None)
     model.load_weights(path)
     model.meta = meta
     model.to(device).eval()
-    _check_golden(model, path)
+    golden = load_file(path / "golden.safetensors")
+    _check_golden(model, path, golden)
+    if "frame_statistics" in meta:
+        known = meta["frame_statistics"]
+        statistics = FrameStatistics(
+            golden["feature_mean"],
+            golden["feature_std"],
+            known["max_distance"],
+            [known["brightness"][view] for view in model.views],
+        )
+        model.onlooker = DriftWatch(statistics, f"the reward model {path}", model.views)
     return model
 
 
@@ -287,11 +321,13 @@ def _architecture(path: Path, meta: dict[str, Any], section: ResNetRewardConfig)
     return written
 
 
-def _check_golden(model: ResNetRewardModel, path: Path) -> None:
+def _check_golden(model: ResNetRewardModel, path: Path, golden: dict[str, Tensor]) -> None:
     """Score the golden frames as RL would. Where bf16 was our choice and moves them, go back to fp32."""
-    golden = load_file(path / "golden.safetensors")
-    frames = golden["frames"] if golden["frames"].dim() == 5 else golden["frames"].unsqueeze(1)
-    by_view = {view: frames[:, index] for index, view in enumerate(model.views)}
+    if "frames" in golden:  # as they were written at first, in the order of views
+        frames = golden["frames"] if golden["frames"].dim() == 5 else golden["frames"].unsqueeze(1)
+        by_view = {view: frames[:, index] for index, view in enumerate(model.views)}
+    else:
+        by_view = {view: golden[f"frames/{view}"] for view in model.views}
     error = (model.score(by_view) - golden["success_prob"]).abs().max().item()
     if error > GOLDEN_TOLERANCE / 2 and model.precision == "auto" and model.uses_bf16:
         model.precision = "fp32"

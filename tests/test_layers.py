@@ -36,6 +36,7 @@ LEVELS = [
         "prompts",
         "history",
         "rewards",
+        "drift",
         "metrics",
         "windows",
         "preprocessing",

@@ -223,16 +223,16 @@ def test_bf16_that_moves_golden_frames_falls_back_to_fp32(checkpoint, monkeypatc
     monkeypatch.setattr(
         resnet_reward,
         "fast_forward",
-        lambda backbone, bf16: lambda images: exact(backbone, False)(images) + (0.3 if bf16 else 0.0),
+        lambda backbone, bf16: lambda images: exact(backbone, False)(images) + (9.0 if bf16 else 0.0),
     )
     monkeypatch.setattr(resnet_reward, "is_fast_at_bf16", lambda device: True)
     # make the golden scores sensitive: near one half
     golden = load_file(checkpoint / "golden.safetensors")
     model = small_model()
     with torch.no_grad():
-        model.backbone.fc[-1].bias -= model(golden["frames"]).mean()
+        model.backbone.fc[-1].bias -= model(golden["frames/main_images"]).mean()
         model.backbone.fc[-1].weight *= 0.1
-    model.save(checkpoint, {"threshold": 0.7}, golden["frames"])
+    model.save(checkpoint, {"threshold": 0.7}, golden["frames/main_images"])
     assert load(checkpoint).precision == "fp32"
     with pytest.raises(UserError, match="golden"):
         load(checkpoint, precision="bf16")
