@@ -7,8 +7,9 @@ feature: sqrt(mean_j ((f_j - mean_j) / std_j)^2), about 1 for a frame like the o
 **The rule.** A frame lies outside where its distance is larger than that of 99 % of the validation frames, or
 a view is darker or brighter than 99 % of theirs. Once more than half of the last 200 judged frames lie
 outside, that is said, once per loaded model: another light, other colours, another scene, or a policy that
-has gone where no data were collected. Of frames like the data's about one in fifty lies outside. What does not
-show in the features is not noticed: frames of the demo moved by 8 of 64 pixels pass, 10 % less light does not.
+has gone where no data were collected. Of frames like the data's about one in fifty lies outside. What does
+not show in the features is not noticed: frames of the demo moved by 8 of 64 pixels pass, 10 % less light does
+not.
 """
 
 import sys
