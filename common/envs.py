@@ -260,10 +260,10 @@ class ManiSkillEnvs:
             control={
                 "mode": self.cfg.control_mode,
                 "freq_hz": self.env.control_freq,
-                "binary_gripper": self.cfg.binary_gripper,
                 "max_episode_steps": self.cfg.max_episode_steps,
                 "observe_time": self.cfg.observe_time,
                 "observe_fine": {name: list(scales) for name, scales in self.cfg.observe_fine.items()},
+                **({"binary_gripper": True} if self.cfg.binary_gripper else {}),  # older episodes do not say
             },
             render=None
             if self.views == (SIM_STATE,)
