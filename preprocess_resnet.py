@@ -254,9 +254,13 @@ def describe(
 
 
 def write(
-    outlines: list[Outline], chosen: dict[str, Frames], metadata: dict, args: argparse.Namespace
+    outlines: list[Outline],
+    before: dict[str, Frames],
+    chosen: dict[str, Frames],
+    metadata: dict,
+    args: argparse.Namespace,
 ) -> None:
-    """Read the chosen frames and write train.pt and val.pt, both or none."""
+    """Read the chosen frames and write train.pt and val.pt, both or none. `before`: before the cut."""
     tasks = []  # (episode, split, times), in the order of the episodes, which is that of each split's labels
     for split, frames in chosen.items():
         for episode in np.unique(frames.episode):
@@ -280,7 +284,13 @@ def write(
             for image in images:
                 files[split].add(image)
         for split, file in files.items():
-            file.finish(chosen[split].label.astype(int).tolist(), {"split": split, **metadata})
+            frames = chosen[split]
+            of_split, episode = np.unique(before[split].episode), frames.episode
+            own = {
+                "frame_episodes": np.searchsorted(of_split, episode).tolist(),  # into metadata["episodes"]
+                "frame_steps": frames.time.tolist(),
+            }
+            file.finish(frames.label.astype(int).tolist(), {"split": split, **metadata, **own})
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -308,7 +318,7 @@ def main() -> None:
     before, after = choose_frames(outlines, args)
     metadata = describe(outlines, bad, before, after, args)
     try:
-        write(outlines, after, metadata, args)
+        write(outlines, before, after, metadata, args)
     except OSError as error:
         raise UserError(
             f"cannot write {args.train_output_path} and {args.val_output_path}: {error}"

@@ -289,7 +289,8 @@ def write_payloads(
     stores = [read_labelled(folder) for folder in folders]
     _check_mergeable(stores)
     label, step = (np.concatenate([getattr(store, name) for store in stores]) for name in ("label", "step"))
-    whole = split_by_block(_episodes(stores), step, label, val_split, gap_steps, random_seed)
+    episode = _episodes(stores)
+    whole = split_by_block(episode, step, label, val_split, gap_steps, random_seed)
     cut = {**whole, "train": _cut_fails(whole["train"], label, fail_success_ratio, random_seed)}
     metadata = {
         "num_success_frames": int(label.sum()),
@@ -314,7 +315,11 @@ def write_payloads(
                 file = stack.enter_context(PayloadFile(temporary))
                 for store, index in (source[i] for i in indices):
                     file.add(store.frame(index))
-                file.finish(label[indices].astype(int).tolist(), {"split": split, **metadata})
+                own = {
+                    "frame_episodes": episode[indices].tolist(),
+                    "frame_steps": step[indices].tolist(),
+                }
+                file.finish(label[indices].astype(int).tolist(), {"split": split, **metadata, **own})
     except OSError as error:
         raise UserError(f"cannot write train.pt and val.pt to {out_dir}: {error}") from error
     return metadata

@@ -3,6 +3,8 @@
 `train.pt` or `val.pt`: `{"images": list of uint8 tensors (H, W, 3), "labels": list of int
 (1 success, 0 fail), "metadata": dict}`, for plain `torch.load(weights_only=True)`. All images view one
 storage. Frames that show several cameras at once are (V, H, W, 3), in the order of `metadata["views"]`.
+`metadata["frame_episodes"]` and `["frame_steps"]` say for each frame which episode it is from (a number) and
+which of its frames; files of RLinf lack them.
 """
 
 import hashlib

@@ -563,6 +563,8 @@ def test_files_and_metadata(session, tmp_path):
     assert val.metadata["split"] == "val"
     for payload in (train, val):
         assert metadata.items() <= payload.metadata.items()
+        assert payload.metadata["frame_episodes"] == [0] * len(payload.labels)
+        assert payload.metadata["frame_steps"] == values(payload)
         assert len(payload.metadata["data_hash"]) == 64
     assert metadata["frames_before_cut"] == {
         "train": {"success": 8, "fail": 32},

@@ -119,6 +119,14 @@ def test_frames_labels_and_metadata(raw):
     files = [*metadata["episodes"]["train"], *metadata["episodes"]["val"]]
     assert sorted(files) == [path.name for path in list_episodes(raw)]
     assert metadata["data_hash"] != val.metadata["data_hash"]
+    for payload in (train, val):  # each frame knows its episode and its place in it
+        names = payload.metadata["episodes"][payload.metadata["split"]]
+        told = zip(payload.metadata["frame_episodes"], payload.metadata["frame_steps"], strict=True)
+        episode_of = {
+            path.name: int(read_episode(path).images["main_images"][0][0, 0, 0])
+            for path in list_episodes(raw)
+        }
+        assert [episode_of[names[episode]] + step for episode, step in told] == values(payload)
 
 
 def test_the_seed_and_nothing_else_decides(raw):
