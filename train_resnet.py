@@ -2,18 +2,21 @@
 
     python train_resnet.py configs/reward_training.yaml [key=value ...]
     torchrun --nproc_per_node 2 train_resnet.py configs/reward_training.yaml      (data-parallel)
+    python train_resnet.py --report CHECKPOINT val.pt [more.pt ...]               (train nothing)
 
 In: `train.pt` and `val.pt` of preprocess_resnet.py (format: common/payload.py), one or several of each.
 Out, in the run folder: `config.yaml`, `metrics.jsonl`, `checkpoint/` (format: common/resnet_reward.py) and,
-at the end, `summary.json`.
+at the end, `report/` (the report card: common/frame_report.py) and `summary.json`.
 
 `checkpoint/` is the best model so far by validation AUPRC (to four digits), ties decided by lower validation
 loss. Its threshold is chosen on the same frames by `runner.threshold_rule`. A step is an optimizer step.
+`--report` writes the card of any checkpoint on any frames; `--help` after it tells its options.
 """
 
 import contextlib
 import math
 import platform
+import sys
 import time
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -27,10 +30,12 @@ from tqdm import tqdm
 from common import config
 from common.drift import FrameStatistics
 from common.files import new_run_dir, save_json
+from common.frame_report import card_table, write_card
 from common.frames import AugmentConfig, BatchIndices, FrameSet, augment, check_same_cameras, load_frames
 from common.log import LoggerConfig, RunLog
-from common.metrics import ThresholdRule, choose_threshold, score_metrics
+from common.metrics import ThresholdRule, choose_threshold, score_metrics, threshold_interval
 from common.ranks import Ranks
+from common.report import new_report_dir, report_parser
 from common.resnet_reward import ResNetRewardConfig, ResNetRewardModel, load_resnet
 from common.runtime import UserError, run_script, seed_everything, set_threads
 from common.training import AdamWConfig, EarlyStop, EarlyStopConfig, build_adamw
@@ -216,8 +221,9 @@ class Judge:
         success_prob, statistics = score_and_look(self.model, self.val_set)
         label = self.val_set.labels
         rule = self.cfg.runner.threshold_rule
-        threshold, counts, rule_kept = choose_threshold(success_prob, label, rule)
-        card = score_metrics(success_prob, label, threshold)
+        weight, episode = self.val_set.weight, self.val_set.episode
+        threshold, counts, rule_kept = choose_threshold(success_prob, label, rule, weight)
+        card = score_metrics(success_prob, label, threshold, weight)
         tagged = {f"val/{name}": value for name, value in card.items()}
         self.log.log(step, {"train/loss": train_loss, **tagged, "val/threshold": threshold})
 
@@ -234,6 +240,9 @@ class Judge:
         order = np.argsort(np.abs(success_prob - threshold))  # where a small change would matter, first
         golden = self.val_set.batch(np.concatenate([order[:NUM_GOLDEN], order[-NUM_GOLDEN:]]))
         merit = (round(card["auprc"], 4), -card["loss"])
+        if merit > self.best_merit or keep:
+            interval = threshold_interval(success_prob, label, rule, episode, weight)
+            meta["threshold_rule"]["interval"] = interval
         if merit > self.best_merit:
             self.best, self.best_merit = meta, merit
             self.model.save(self.folder / "checkpoint", meta, golden, statistics)
@@ -242,7 +251,13 @@ class Judge:
         return self.early_stop.is_due(card)
 
     def _sum_up(self) -> None:
-        card = self.best["val_metrics"]
+        """The report card of the best checkpoint, loaded as an RL run loads it, and the summary."""
+        card, section = self.best["val_metrics"], self.cfg.actor.model
+        path = str(self.folder / "checkpoint")
+        checkpoint = ResNetRewardConfig(model_path=path, precision=section.precision)
+        best = load_resnet(checkpoint, self.model.device)
+        success_prob = score_frames(best, self.val_set)
+        report = write_card(success_prob, self.val_set, best.meta, best.threshold, self.folder / "report")
         if not self.best["threshold_rule"]["kept"]:
             self.log.say(
                 f"warning: no threshold keeps {self.best['threshold_rule']['rule']}; took the nearest. "
@@ -255,6 +270,7 @@ class Judge:
             "checkpoint": self.folder / "checkpoint",
             "threshold": self.best["threshold"],
             "val_metrics": card,
+            "beats_baselines": report["beats_baselines"],
             "class_counts": self.best["class_counts"],
             "versions": {
                 "python": platform.python_version(),
@@ -263,11 +279,7 @@ class Judge:
             },
         }
         save_json(summary, self.folder / "summary.json")
-        self.log.say(
-            f"{summary['seconds']:.0f} s, {self.last_step} steps. At threshold {self.best['threshold']:.2f}: "
-            f"precision {card['precision']:.3f}, recall {card['recall']:.3f}, "
-            f"{card['fp_per_1000']:.1f} false positives per 1,000 failures"
-        )
+        self.log.say(f"{card_table(report)}\n{summary['seconds']:.0f} s, {self.last_step} steps")
 
 
 def score_frames(model: ResNetRewardModel, frames: FrameSet, chunk: int = 1024) -> np.ndarray:
@@ -286,7 +298,30 @@ def score_and_look(model: ResNetRewardModel, frames: FrameSet) -> tuple[np.ndarr
     return success_prob, FrameStatistics.of(*(torch.cat(part) for part in zip(*looks, strict=True)))
 
 
+# ----------------------------------------------------------------------------------------------------
+# The report card of any checkpoint
+# ----------------------------------------------------------------------------------------------------
+
+
+def report(argv: list[str]) -> None:
+    """What follows `--report`: score frames, print the card, and write it into a new folder."""
+    parser = report_parser("train_resnet.py", ".pt files of preprocess_resnet.py, together one set of frames")
+    parser.add_argument("--threshold", type=float, help="instead of the one stored with the model")
+    args = parser.parse_args(argv)
+    section = config.from_yaml(ResNetRewardConfig, None, args.model)
+    frames, model = load_frames(args.data), load_resnet(replace(section, model_path=args.checkpoint))
+    threshold = model.threshold if args.threshold is None else args.threshold
+    if threshold is None:
+        raise UserError(f"{args.checkpoint} stores no threshold; give one by --threshold")
+    success_prob = score_frames(model, frames)
+    folder = new_report_dir(args.output_dir)
+    print(card_table(write_card(success_prob, frames, model.meta, threshold, folder)))
+    print(f"pictures and all numbers: {folder}")
+
+
 def main() -> None:
+    if sys.argv[1:2] == ["--report"]:
+        return report(sys.argv[2:])
     cfg = config.load(TrainConfig, description=__doc__)
     set_threads(cfg.runner.num_threads)
     seed_everything(cfg.runner.seed)

@@ -80,9 +80,12 @@ def load(cls: type[Config], argv: list[str] | None = None, description: str = ""
     return from_yaml(cls, argv[0], argv[1:])
 
 
-def from_yaml(cls: type[Config], path: str | Path, overrides: list[str] | None = None) -> Config:
-    """Read a YAML and its bases, apply `a.b=value` overrides, check everything. Raises ConfigError."""
-    tree = read_tree(Path(path))
+def from_yaml(cls: type[Config], path: str | Path | None, overrides: list[str] | None = None) -> Config:
+    """Read a YAML and its bases, apply `a.b=value` overrides, check everything. Raises ConfigError.
+
+    `path` None: no file, the defaults.
+    """
+    tree = Tree({}, COMMAND_LINE) if path is None else read_tree(Path(path))
     for text in overrides or []:
         tree.override(text)
     tree.interpolate(lambda parts: to_dict(default_of(cls, parts)))

@@ -23,6 +23,13 @@ class FrameSet:
     views: list[str]
     render: dict[str, Any] | None  # what the cameras were
     sha256: dict[str, str]  # file -> hash of its content
+    splits: list[str]  # what the files say they are: train, val, ...
+    weight: (
+        np.ndarray
+    )  # (len,) float64, how many frames of the episodes each stands for: 1 unless some were cut
+    episode: np.ndarray | None  # (len,) int64, which episode; None where a file does not tell
+    step: np.ndarray | None  # (len,) int64, which frame of its episode; None likewise
+    prevalence: str  # in words, of what the share of successes is the share
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -67,8 +74,59 @@ def load_frames(paths: str | list[str]) -> FrameSet:
     if labels.all() or not labels.any():
         held, lacking = ("successes", "failures") if labels.all() else ("failures", "successes")
         raise UserError(f"{names} holds {held} only; collect episodes with {lacking} too")
-    sha256 = {path: _sha256(path) for path in paths}
-    return FrameSet(images, labels, list(sizes[0]), views[0], renders[0], sha256)
+    files = list(payloads.values())
+    return FrameSet(
+        images,
+        labels,
+        frame_size=list(sizes[0]),
+        views=views[0],
+        render=renders[0],
+        sha256={path: _sha256(path) for path in paths},
+        splits=[str(file.metadata.get("split", "unknown")) for file in files],
+        weight=np.concatenate([_weights(file) for file in files]),
+        episode=_per_frame(files, "frame_episodes", apart=True),
+        step=_per_frame(files, "frame_steps"),
+        prevalence="; ".join(dict.fromkeys(_prevalence(file) for file in files)),
+    )
+
+
+def _weights(file: RewardDatasetPayload) -> np.ndarray:
+    """(n,) float64: frames that preprocessing cut away count with those of their label that it kept."""
+    before, kept = (_counts(file, key) for key in ("frames_before_cut", "frames"))
+    names = np.where(np.array(file.labels) == 1, "success", "fail")
+    if before is None or kept is None:
+        return np.ones(len(names))
+    return np.array([before[name] / kept[name] for name in names])
+
+
+def _counts(file: RewardDatasetPayload, key: str) -> dict[str, int] | None:
+    return file.metadata.get(key, {}).get(file.metadata.get("split"))
+
+
+def _prevalence(file: RewardDatasetPayload) -> str:
+    before = _counts(file, "frames_before_cut")
+    if before is None:
+        return "as in the file, which does not say what was left out"
+    if file.metadata.get("label") == "operator":
+        return "that of the frames an operator labelled, not what a policy meets"
+    if before == _counts(file, "frames"):
+        return "natural: all frames of the episodes, as many as were sampled of each"
+    return "natural: frames cut from the file count with those that were kept"
+
+
+def _per_frame(files: list[RewardDatasetPayload], key: str, apart: bool = False) -> np.ndarray | None:
+    """(len,) int64 of all files, None where one lacks it. `apart`: those of two files are never equal."""
+    columns = [file.metadata.get(key) for file in files]
+    if any(column is None for column in columns):
+        return None
+    for file, column in zip(files, columns, strict=True):
+        if len(column) != len(file.labels):
+            raise UserError(f"a data file holds {len(column)} {key} for {len(file.labels)} frames; remake it")
+    columns = [np.array(column, dtype=np.int64) for column in columns]
+    if apart:
+        first = np.cumsum([0] + [int(column.max()) + 1 for column in columns[:-1]])
+        columns = [column + offset for column, offset in zip(columns, first, strict=True)]
+    return np.concatenate(columns)
 
 
 def check_same_cameras(train: FrameSet, val: FrameSet) -> None:

@@ -206,6 +206,11 @@ class RunLog:
         sys.stdout.flush()
 
 
+def in_red(text: str) -> str:
+    """For a terminal; in a file or a pipe the text as it is."""
+    return f"\033[31m{text}\033[0m" if sys.stdout.isatty() else text
+
+
 def _open_tensorboard(folder: Path):
     try:
         from torch.utils.tensorboard import SummaryWriter

@@ -4,6 +4,9 @@ chosen.
 Everything takes `success_prob` (B,) in [0, 1] and `label` (B,) bool, one entry per frame, as numpy arrays or
 CPU tensors. False positives come first everywhere: an RL policy seeks out exactly the frames that a reward
 model wrongly takes for success, so a threshold is chosen by what it lets through, and recall is what is left.
+
+`weight` (B,): how many frames of the world each one stands for, where the data were thinned out by label
+(`FrameSet.weight`); None: each for itself.
 """
 
 from dataclasses import dataclass
@@ -12,38 +15,45 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike
 
+from common.intervals import Interval, draw_episodes, interval_of
 from common.runtime import UserError
+
+NUM_THRESHOLDS = 200  # resamples of a threshold's interval: at each of them the rule is followed anew
 
 
 @dataclass(frozen=True)
 class Counts:
     """Verdicts against the truth. A ratio with nothing in its denominator is 0."""
 
-    true_positives: int
-    false_positives: int
-    false_negatives: int
-    true_negatives: int
+    true_positives: float  # whole numbers unless frames are weighted
+    false_positives: float
+    false_negatives: float
+    true_negatives: float
 
     @property
     def precision(self) -> float:
-        return self.true_positives / max(self.true_positives + self.false_positives, 1)
+        return _ratio(self.true_positives, self.false_positives)
 
     @property
     def recall(self) -> float:
-        return self.true_positives / max(self.true_positives + self.false_negatives, 1)
+        return _ratio(self.true_positives, self.false_negatives)
 
     @property
     def fp_per_1000(self) -> float:
         """False positives per 1,000 frames that are no success (1,000 times the false-positive rate)."""
-        return 1000 * self.false_positives / max(self.false_positives + self.true_negatives, 1)
+        return 1000 * _ratio(self.false_positives, self.true_negatives)
 
     @property
     def accuracy(self) -> float:
         right = self.true_positives + self.true_negatives
-        return right / max(right + self.false_positives + self.false_negatives, 1)
+        return _ratio(right, self.false_positives + self.false_negatives)
 
 
-def auprc(success_prob: ArrayLike, label: ArrayLike) -> float:
+def _ratio(part: float, rest: float) -> float:
+    return part / (part + rest) if part else 0.0
+
+
+def auprc(success_prob: ArrayLike, label: ArrayLike, weight: ArrayLike | None = None) -> float:
     """Area under the precision-recall curve (average precision). Needs both classes, else ValueError.
 
     The measure that checkpoints are chosen by: successes are rare, and unlike ROC-AUC it does not drown false
@@ -54,44 +64,78 @@ def auprc(success_prob: ArrayLike, label: ArrayLike) -> float:
     )  # slow to import, and most scripts never rank anything
 
     success_prob, label = _scores(success_prob, label)
-    return min(float(average_precision_score(label, success_prob)), 1.0)  # rounding goes beyond
+    area = average_precision_score(label, success_prob, sample_weight=weight)
+    return min(float(area), 1.0)  # rounding goes beyond
 
 
-def roc_auc(success_prob: ArrayLike, label: ArrayLike) -> float:
+def roc_auc(success_prob: ArrayLike, label: ArrayLike, weight: ArrayLike | None = None) -> float:
     """Probability that a success scores above a failure. Needs both classes, else ValueError."""
     from sklearn.metrics import roc_auc_score
 
     success_prob, label = _scores(success_prob, label)
-    return float(roc_auc_score(label, success_prob))
+    return float(roc_auc_score(label, success_prob, sample_weight=weight))
 
 
-def log_loss(success_prob: ArrayLike, label: ArrayLike) -> float:
+def log_loss(success_prob: ArrayLike, label: ArrayLike, weight: ArrayLike | None = None) -> float:
     """Mean binary cross-entropy in nats, kept finite: probabilities stay 1e-6 away from 0 and 1."""
     success_prob, label = _scores(success_prob, label, both=False)
     clipped = success_prob.clip(1e-6, 1 - 1e-6)
-    return float(-np.log(np.where(label, clipped, 1 - clipped)).mean())
+    return float(-np.average(np.log(np.where(label, clipped, 1 - clipped)), weights=weight))
 
 
-def counts_at(success_prob: ArrayLike, label: ArrayLike, threshold: float) -> Counts:
+def counts_at(
+    success_prob: ArrayLike, label: ArrayLike, threshold: float, weight: ArrayLike | None = None
+) -> Counts:
     """Counts when frames that reach `threshold` are called a success."""
     success_prob, label = _scores(success_prob, label, both=False)
-    tp = int(_num_reaching(success_prob[label], threshold))
-    fp = int(_num_reaching(success_prob[~label], threshold))
-    return Counts(tp, fp, int(label.sum()) - tp, int((~label).sum()) - fp)
+    called = success_prob >= threshold
+    cells = (called & label, called & ~label, ~called & label, ~called & ~label)
+    if weight is None:
+        return Counts(*(int(cell.sum()) for cell in cells))
+    return Counts(*(float(np.asarray(weight)[cell].sum()) for cell in cells))
 
 
-def score_metrics(success_prob: ArrayLike, label: ArrayLike, threshold: float) -> dict[str, float]:
-    """The report card: loss, auprc, roc_auc, and at `threshold` accuracy, precision, recall, fp_per_1000."""
-    counts = counts_at(success_prob, label, threshold)
+def score_metrics(
+    success_prob: ArrayLike, label: ArrayLike, threshold: float, weight: ArrayLike | None = None
+) -> dict[str, float]:
+    """In short: loss, auprc, roc_auc, and at `threshold` accuracy, precision, recall, fp_per_1000."""
+    counts = counts_at(success_prob, label, threshold, weight)
     return {
-        "loss": log_loss(success_prob, label),
-        "auprc": auprc(success_prob, label),
-        "roc_auc": roc_auc(success_prob, label),
+        "loss": log_loss(success_prob, label, weight),
+        "auprc": auprc(success_prob, label, weight),
+        "roc_auc": roc_auc(success_prob, label, weight),
         "accuracy": counts.accuracy,
         "precision": counts.precision,
         "recall": counts.recall,
         "fp_per_1000": counts.fp_per_1000,
     }
+
+
+def kendall_tau_b(score: ArrayLike, outcome: ArrayLike) -> float:
+    """Rank correlation of episodes' scores with their outcomes (E,), ties allowed; nan where one is constant.
+
+    With an outcome of two values an untied score reaches less than 1: `kendall_tau_b(rank, outcome)` of the
+    right ranking, 0.71 where half of many episodes succeed.
+    """
+    from scipy.stats import kendalltau
+
+    return float(kendalltau(score, outcome).statistic)
+
+
+NUM_BINS = 15  # Guo et al., "On Calibration of Modern Neural Networks", ICML 2017
+
+
+def calibration_bins(success_prob: ArrayLike) -> np.ndarray:
+    """(B,) int64 in [0, NUM_BINS): which of the equally wide bins of probability a frame is in."""
+    return (np.asarray(success_prob, dtype=np.float64) * NUM_BINS).astype(np.int64).clip(max=NUM_BINS - 1)
+
+
+def calibration_error(total: np.ndarray, prob: np.ndarray, hits: np.ndarray) -> np.ndarray:
+    """Expected calibration error (...,): mean distance of the probability said from the share that came true.
+
+    Sums over the frames of each bin (..., NUM_BINS): of weights, of weight * success_prob, of weight * label.
+    """
+    return np.abs(prob - hits).sum(-1) / total.sum(-1)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -122,9 +166,9 @@ class ThresholdRule:
 
 
 def choose_threshold(
-    success_prob: ArrayLike, label: ArrayLike, rule: ThresholdRule
+    success_prob: ArrayLike, label: ArrayLike, rule: ThresholdRule, weight: ArrayLike | None = None
 ) -> tuple[float, Counts, bool]:
-    """(threshold, its counts, whether it keeps the rule and finds any success at all).
+    """(threshold, its counts of frames, whether it keeps the rule and finds any success at all).
 
     Of all thresholds that keep the rule, the one with the most true positives, then the fewest false ones; it
     lies in the middle of the gap between two neighbouring scores, so that rounding in a faster forward pass
@@ -135,21 +179,49 @@ def choose_threshold(
         counts = counts_at(success_prob, label, rule.value)
         return rule.value, counts, counts.true_positives > 0
 
+    weight = np.ones(len(label)) if weight is None else np.asarray(weight, dtype=np.float64)
     edges = np.concatenate(([0.0], np.unique(success_prob), [1.0]))
     candidates = np.unique(((edges[1:] + edges[:-1]) / 2).clip(min=rule.min_threshold))
-    tp = _num_reaching(success_prob[label], candidates)
-    fp = _num_reaching(success_prob[~label], candidates)
+    tp = _weight_reaching(success_prob[label], weight[label], candidates)
+    fp = _weight_reaching(success_prob[~label], weight[~label], candidates)
     if rule.rule == "max_false_positives_per_1000":
-        excess = 1000 * fp / (~label).sum() - rule.value
+        excess = 1000 * fp / weight[~label].sum() - rule.value
     else:
-        excess = rule.value - wilson_lower_bound(tp, tp + fp)
-    keeps = (excess <= 0) & (tp > 0)
+        # what was seen is frames, however many others each stands for
+        seen = _weight_reaching(success_prob, np.ones(len(label)), candidates)
+        excess = rule.value - wilson_lower_bound(seen * tp / np.maximum(tp + fp, 1e-12), seen)
+    keeps = (excess <= 1e-12) & (tp > 0)
     if keeps.any():
-        best = max(np.flatnonzero(keeps), key=lambda index: (tp[index], -fp[index]))
+        kept = np.flatnonzero(keeps)
+        best = kept[np.lexsort((fp[kept], -tp[kept]))[0]]
     else:
         best = np.argmin(np.where(tp > 0, excess, np.inf))
     threshold = float(candidates[best])
     return threshold, counts_at(success_prob, label, threshold), bool(keeps.any())
+
+
+def threshold_interval(
+    success_prob: ArrayLike,
+    label: ArrayLike,
+    rule: ThresholdRule,
+    episode: np.ndarray | None,
+    weight: np.ndarray | None = None,
+) -> Interval:
+    """The middle 95 % of the thresholds that `rule` chooses on episodes drawn anew (`common.intervals`).
+
+    episode (B,) int. None where that is not known, or of too few episodes.
+    """
+    success_prob, label = _scores(success_prob, label)
+    if episode is None or rule.rule == "fixed":
+        return None
+    names, episode = np.unique(episode, return_inverse=True)
+    weight = np.ones(len(label)) if weight is None else weight
+    chosen = []
+    for times in draw_episodes(len(names), NUM_THRESHOLDS):
+        drawn = np.repeat(np.arange(len(label)), times[episode])
+        if 0 < label[drawn].sum() < len(drawn):
+            chosen.append(choose_threshold(success_prob[drawn], label[drawn], rule, weight[drawn])[0])
+    return interval_of(np.array(chosen))
 
 
 def wilson_lower_bound(hits: ArrayLike, trials: ArrayLike, z: float = 1.645) -> np.ndarray:
@@ -165,8 +237,11 @@ def wilson_lower_bound(hits: ArrayLike, trials: ArrayLike, z: float = 1.645) -> 
     return np.where(trials > 0, (centre - spread) / (1 + z * z / some), 0.0)
 
 
-def _num_reaching(success_prob: np.ndarray, thresholds: ArrayLike) -> np.ndarray:
-    return len(success_prob) - np.searchsorted(np.sort(success_prob), thresholds, side="left")
+def _weight_reaching(success_prob: np.ndarray, weight: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
+    """Sum of the weights of the frames that reach each threshold."""
+    order = np.argsort(success_prob)
+    below = np.concatenate(([0.0], weight[order].cumsum()))
+    return below[-1] - below[np.searchsorted(success_prob[order], thresholds, side="left")]
 
 
 def _scores(success_prob: ArrayLike, label: ArrayLike, both: bool = True) -> tuple[np.ndarray, np.ndarray]:

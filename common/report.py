@@ -5,6 +5,7 @@ is success and orange is failure everywhere, and no meaning hangs on a colour al
 of their suffix (.png, .pdf, .svg).
 """
 
+import argparse
 import json
 import math
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from common.files import atomic_write
+from common.files import atomic_write, new_run_dir
 from common.runtime import UserError
 from common.video import OPPOSITE, Trace
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#777777"
 PALE_BLUE = "#D3E7F5"
+RED = "#C00000"  # what a model does not beat; a word says it too
 
 STYLE = {
     "font.size": 9,
@@ -263,6 +265,31 @@ def _draw_histogram(axes: "Axes", traces: list[Trace], threshold: float) -> None
     axes.yaxis.set_major_formatter("{x:g}")
     axes.set_ylim(bottom=0.7)
     axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, borderaxespad=0)
+
+
+# ----------------------------------------------------------------------------------------------------
+# Report cards
+
+
+def report_parser(script: str, data: str) -> argparse.ArgumentParser:
+    """Of `SCRIPT --report CHECKPOINT DATA ...`; `data` says what DATA is."""
+    parser = argparse.ArgumentParser(
+        prog=f"{script} --report", description="The report card of a checkpoint on data, without training."
+    )
+    parser.add_argument("checkpoint", help="what the training script wrote")
+    parser.add_argument("data", nargs="+", help=data)
+    parser.add_argument("--output-dir", help="new folder; default: logs/<date>-<time>-report")
+    parser.add_argument(
+        "--model", nargs="+", default=[], metavar="key=value", help="how to load it, as in reward.model"
+    )
+    return parser
+
+
+def new_report_dir(output_dir: str | None) -> Path:
+    """UserError where a report is already."""
+    if output_dir is not None and (Path(output_dir) / "report.json").exists():
+        raise UserError(f"{output_dir} holds a report already; choose another --output-dir")
+    return new_run_dir(output_dir, "report")
 
 
 def save_figure(figure: "Figure", path: Path) -> None:

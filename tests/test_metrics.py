@@ -4,14 +4,19 @@ import numpy as np
 import pytest
 
 from common.metrics import (
+    NUM_BINS,
     Counts,
     ThresholdRule,
     auprc,
+    calibration_bins,
+    calibration_error,
     choose_threshold,
     counts_at,
+    kendall_tau_b,
     log_loss,
     roc_auc,
     score_metrics,
+    threshold_interval,
     wilson_lower_bound,
 )
 from common.runtime import UserError
@@ -39,6 +44,35 @@ def test_counts_include_scores_that_just_reach_the_threshold():
 def test_ratios_with_nothing_to_divide_by_are_zero():
     none = Counts(0, 0, 0, 0)
     assert (none.precision, none.recall, none.fp_per_1000, none.accuracy) == (0, 0, 0, 0)
+
+
+def test_weighted_frames_count_as_often_as_they_stand_for_others():
+    # each failure stands for two: the same as having it twice
+    weight = np.where(LABEL, 1.0, 2.0)
+    twice = np.repeat(np.arange(6), weight.astype(int))
+    weighted, doubled = score_metrics(PROB, LABEL, 0.7, weight), score_metrics(PROB[twice], LABEL[twice], 0.7)
+    assert weighted == pytest.approx(doubled)
+    assert weighted["auprc"] == pytest.approx((1 + 2 / 4) / 2)  # hit, two misses, hit
+    assert counts_at(PROB, LABEL, 0.7, weight) == Counts(2, 2, 0, 6)
+    assert weighted["fp_per_1000"] == 250.0  # a rate among failures, whatever each stands for
+
+
+def test_kendall_tau_b_by_hand():
+    # of 3 x 1 pairs of unlike outcome 2 are in order, 1 is not; 6 pairs of scores, one of them tied
+    score, outcome = [0.1, 0.6, 0.6, 0.4], [0, 0, 1, 0]
+    assert kendall_tau_b([0.1, 0.7, 0.6, 0.4], outcome) == pytest.approx((2 - 1) / np.sqrt(6 * 3))
+    assert kendall_tau_b(score, outcome) == pytest.approx(2 / np.sqrt(5 * 3))  # the tie is neither
+    assert kendall_tau_b([1, 2, 3, 4], [0, 0, 1, 1]) == pytest.approx(4 / np.sqrt(6 * 4))  # perfect: below 1
+    assert np.isnan(kendall_tau_b([0.5, 0.5], [0, 1]))
+
+
+def test_calibration_error_by_hand():
+    # two bins: 0.1, 0.1 of which none came true, and 0.7, 0.7, 0.7, 0.7 of which two did
+    prob, label = np.array([0.1, 0.1, 0.7, 0.7, 0.7, 0.7]), np.array([0, 0, 1, 1, 0, 0])
+    bins = calibration_bins(prob)
+    assert bins.tolist() == [1, 1, 10, 10, 10, 10] and calibration_bins([0.0, 1.0]).tolist() == [0, 14]
+    sums = [np.bincount(bins, column, NUM_BINS) for column in (np.ones(6), prob, label)]
+    assert calibration_error(*sums) == pytest.approx((2 * 0.1 + 4 * (0.7 - 0.5)) / 6)
 
 
 def test_report_card():
@@ -69,6 +103,29 @@ def test_threshold_by_false_positives(allowed, threshold, hits):
     rule = ThresholdRule("max_false_positives_per_1000", allowed)
     chosen, counts, kept = choose_threshold(PROB, LABEL, rule)
     assert (chosen, counts.true_positives, kept) == (pytest.approx(threshold), hits, True)
+
+
+def test_thresholds_of_thinned_data_are_those_of_all_of_it():
+    label = np.array([True] * 40 + [False] * 2)
+    prob = np.concatenate([np.linspace(0.6, 0.9, 40), [0.7, 0.1]])
+    rule = ThresholdRule("precision_lower_bound", 0.75)
+    assert choose_threshold(prob, label, rule)[1].false_positives == 1
+    # the failure at 0.7 stands for 15: 40 of 55 is too few, so it has to stay below
+    assert choose_threshold(prob, label, rule, np.where(label, 1, 15))[1].false_positives == 0
+
+
+def test_the_interval_of_a_threshold_follows_the_rule_on_other_episodes():
+    # 10 episodes of a failure and a success; one failure scores high, and is in 65 % of the sets drawn anew
+    prob = np.array([0.6, 0.95] * 10)
+    prob[0] = 0.75
+    label, episode = np.array([False, True] * 10), np.repeat(np.arange(10), 2)
+    rule = ThresholdRule("max_false_positives_per_1000", 0)
+    assert choose_threshold(prob, label, rule)[0] == pytest.approx(0.85)
+    # with that episode (0.75 + 0.95) / 2, without it (0.6 + 0.95) / 2
+    assert threshold_interval(prob, label, rule, episode) == pytest.approx((0.775, 0.85))
+    assert threshold_interval(prob, label, rule, episode // 3) is None  # 4 episodes tell nothing of others
+    assert threshold_interval(prob, label, rule, None) is None
+    assert threshold_interval(prob, label, ThresholdRule("fixed", 0.5), episode) is None
 
 
 def test_a_clean_gap_is_split_in_the_middle_but_never_below_the_minimum():

@@ -33,7 +33,9 @@ def write_data(path: Path, num: int, share: float = 0.25, size: int = 32, render
         y, x = rng.integers(0, size - 10, 2)
         image[y : y + 10, x : x + 10] = GREEN if label else RED
         images.append(torch.from_numpy(image))
-    RewardDatasetPayload(images, labels, {"render": render}).save(path)
+    episodes = [index % 10 for index in range(num)]
+    metadata = {"render": render, "frame_episodes": episodes, "frame_steps": [i // 10 for i in range(num)]}
+    RewardDatasetPayload(images, labels, metadata).save(path)
     return path
 
 
@@ -98,6 +100,8 @@ def test_two_colours_are_learned_to_the_last_frame(data):
     assert meta["threshold_rule"]["rule"] == "max_false_positives_per_1000"
     assert meta["threshold_rule"]["kept"] is True
     assert meta["threshold_rule"]["counts"]["true_positives"] == 15
+    low, high = meta["threshold_rule"]["interval"]
+    assert low <= meta["threshold"] <= high
     assert [len(digest) for digest in meta["data_sha256"].values()] == [64, 64]
 
 
@@ -112,11 +116,47 @@ def test_the_command_line(data):
     more = overrides(folder, "runner.max_steps=2", "runner.save_interval=1")
     result = run_script("configs/reward_training.yaml", *more)
     assert result.returncode == 0, result.stderr
-    assert "best checkpoint: step" in result.stdout
+    assert "best checkpoint: step" in result.stdout and "report card: 60 frames" in result.stdout
     run = folder / "run"
-    written = {"config.yaml", "metrics.jsonl", "checkpoint", "checkpoints", "summary.json"}
+    written = {"config.yaml", "metrics.jsonl", "checkpoint", "checkpoints", "report", "summary.json"}
     assert {path.name for path in run.iterdir()} == written
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step_000001", "step_000002"]
+
+
+def test_the_report_of_any_checkpoint_on_any_data(data):
+    folder, val_path = data
+    run = train(folder, "runner.max_steps=40", "runner.val_check_interval=20")
+    other = write_data(folder / "other.pt", 50)
+    told = [
+        "--report",
+        str(run / "checkpoint"),
+        str(val_path),
+        str(other),
+        "--output-dir",
+        str(folder / "card"),
+    ]
+    result = run_script(*told, "--threshold", "0.25")
+    assert result.returncode == 0, result.stderr
+    assert "report card: 110 frames of 20 episodes, 25.5% successes" in result.stdout
+    assert "threshold 0.250, set by hand; the model's own is" in result.stdout
+    card = json.loads((folder / "card/report.json").read_text())
+    assert card["num_frames"] == 110 and card["scores"]["auprc"]["value"] == 1.0
+    assert {path.name for path in (folder / "card").iterdir()} == {"report.json", "card.png", "errors.png"}
+    with pytest.raises(UserError, match="holds a report already; choose another --output-dir"):
+        train_resnet.report(told[1:])
+
+
+def test_bare_weights_are_reported_when_told_what_they_are(data, capsys):
+    folder, val_path = data
+    weights = ResNetRewardModel(ResNetRewardConfig(arch="resnet10", hidden_dim=8)).state_dict()
+    torch.save(weights, folder / "rlinf.pt")
+    told = [str(folder / "rlinf.pt"), str(val_path), "--output-dir", str(folder / "card")]
+    keys = ["--model", "arch=resnet10", "hidden_dim=8", "image_size=[3, 32, 32]"]
+    with pytest.raises(UserError, match="stores no threshold; give one by --threshold"):
+        train_resnet.report([*told, *keys])
+    assert not (folder / "card").exists()
+    train_resnet.report([*told, "--threshold", "0.5", *keys])
+    assert "threshold 0.500, set by hand; the model stores none" in capsys.readouterr().out
 
 
 def test_a_wrong_key_is_one_line_and_an_exit_code():
