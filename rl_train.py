@@ -420,6 +420,8 @@ def main() -> None:
         let_critic_score(eval_envs, agent)
         log = stack.enter_context(RunLog(folder, cfg.runner.logger.logger_backends))
         run = Run(cfg.runner, folder, agent, agent_meta(*parts), eval_envs, client, log)
+        if client is not None and not cfg.reward.of_windows:
+            log.say(client.threshold_is)
 
         if cfg.runner.only_eval:
             run.resume(Path(cfg.runner.resume_dir))

@@ -143,6 +143,8 @@ def drive(cfg: Config, folder: Path, line: StatusLine, judge: LiveJudge | None, 
         config.save(cfg, folder / "config.yaml")
         log = stack.enter_context(SessionLog(folder / "teleop.log", line))
         log.say(f"{KEYS_HELP}; c and a mark the truth from here on, u unmarks")
+        if judge is not None and not cfg.reward.of_windows:
+            log.say(judge.client.threshold_is)
         store = None
         if runner.save_labelled:
             facts = FrameFacts(env.task, render_facts(env), task_description=env.description)

@@ -13,6 +13,7 @@ from common.files import save_json
 from common.frame_card import NUM_WORST, ScoredFrames, frame_card, worst
 from common.frames import FrameSet
 from common.log import in_red
+from common.metrics import threshold_is
 from common.report import BLUE, GREY, ORANGE, RED, STYLE, save_figure
 
 if TYPE_CHECKING:
@@ -110,21 +111,6 @@ def held_out(frames: FrameSet, meta: dict[str, Any]) -> str:
     if "train" in frames.splits:
         return "careful: frames of training are among them"
     return "its validation frames, by which checkpoint and threshold were chosen"
-
-
-def threshold_is(meta: dict[str, Any], threshold: float) -> str:
-    """Where the threshold comes from, in words; `meta`: the model's reward.json."""
-    stored, rule = meta.get("threshold"), meta.get("threshold_rule", {})
-    if stored is None:
-        return "set by hand; the model stores none"
-    if stored != threshold:
-        return f"set by hand; the model's own is {stored:.3f}"
-    ends = rule.get("interval")
-    sure = "" if ends is None else f", 95 % interval {ends[0]:.3f} to {ends[1]:.3f}"
-    kept = "" if rule.get("kept", True) else ", which no threshold keeps"
-    return f"chosen by {rule.get('rule', 'its trainer')} {rule.get('value', '')}{kept}{sure}".replace(
-        " ,", ","
-    )
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ model wrongly takes for success, so a threshold is chosen by what it lets throug
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -222,6 +222,21 @@ def threshold_interval(
         if 0 < label[drawn].sum() < len(drawn):
             chosen.append(choose_threshold(success_prob[drawn], label[drawn], rule, weight[drawn])[0])
     return interval_of(np.array(chosen))
+
+
+def threshold_is(meta: dict[str, Any], threshold: float) -> str:
+    """Where the threshold comes from, in words; `meta`: the model's reward.json."""
+    stored, rule = meta.get("threshold"), meta.get("threshold_rule", {})
+    if stored is None:
+        return "set by hand; the model stores none"
+    if stored != threshold:
+        return f"set by hand; the model's own is {stored:.3f}"
+    ends = rule.get("interval")
+    sure = "" if ends is None else f", 95 % interval {ends[0]:.3f} to {ends[1]:.3f}"
+    kept = "" if rule.get("kept", True) else ", which no threshold keeps"
+    return f"chosen by {rule.get('rule', 'its trainer')} {rule.get('value', '')}{kept}{sure}".replace(
+        " ,", ","
+    )
 
 
 def wilson_lower_bound(hits: ArrayLike, trials: ArrayLike, z: float = 1.645) -> np.ndarray:

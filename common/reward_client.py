@@ -25,6 +25,7 @@ from common.envs import EnvSpec, Render
 from common.episodes import VIEWS, Episode
 from common.link import LinkConfig, ScoreLink
 from common.link_keys import parse_address
+from common.metrics import threshold_is
 from common.processes import Child
 from common.prompts import make_parser
 from common.qwen_reward import VLMConfig
@@ -276,6 +277,11 @@ class RewardClient:
             rows.append(self._scores_so_far[self._shuffle_rng.integers(len(self._scores_so_far))])
         rule = self.parser if windows else self.threshold
         return type(verdicts).judge(verdicts.keys, torch.stack(rows), rule)
+
+    @property
+    def threshold_is(self) -> str:
+        """Which threshold this is, and where it comes from."""
+        return f"reward threshold {self.threshold:.3f}, {threshold_is(self.meta, self.threshold)}"
 
     def check_envs(self, spec: EnvSpec | Episode) -> None:
         """UserError with each difference from the frames the model was trained on, and from their rate where

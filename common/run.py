@@ -145,7 +145,8 @@ class Run:
         metrics = self.judge(self.runner.num_final_episodes, FINAL_SEED).metrics
         final = {name.removeprefix("eval/"): value for name, value in metrics.items()}
         self.log.log(self.step, {f"final/{name}": value for name, value in final.items()})
-        return {**final, "env_steps": self.step, "best_step": self.best_step}
+        threshold = self.client.threshold if self.client is not None else None
+        return {**final, "env_steps": self.step, "best_step": self.best_step, "reward_threshold": threshold}
 
     def draw(self, fps: int) -> None:
         """curves.png, and of fresh episodes of the present agent traces.html, scores.png and eval.mp4."""

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from common.frame_card import ScoredFrames, frame_card, worst
-from common.frame_report import card_table, held_out, threshold_is, write_card
+from common.frame_report import card_table, held_out, write_card
 from common.frames import load_frames
 from common.payload import RewardDatasetPayload
 
@@ -188,15 +188,3 @@ def test_what_a_model_has_had_to_do_with_the_frames(tmp_path):
     trained = load_frames(str(write_data(tmp_path / "val.pt", split="train")))
     known = {"data_sha256": {"x": trained.sha256[str(tmp_path / "val.pt")]}}
     assert held_out(trained, known) == "careful: frames of training are among them"
-
-
-def test_where_a_threshold_comes_from():
-    rule = {"rule": "max_false_positives_per_1000", "value": 2.0, "kept": True, "interval": [0.81, 0.97]}
-    meta = {"threshold": 0.9, "threshold_rule": rule}
-    assert threshold_is(meta, 0.9) == (
-        "chosen by max_false_positives_per_1000 2.0, 95 % interval 0.810 to 0.970"
-    )
-    assert threshold_is(meta, 0.5) == "set by hand; the model's own is 0.900"
-    assert threshold_is({}, 0.5) == "set by hand; the model stores none"
-    meta["threshold_rule"] = {"rule": "precision_lower_bound", "value": 0.98, "kept": False}
-    assert threshold_is(meta, 0.9) == "chosen by precision_lower_bound 0.98, which no threshold keeps"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -155,6 +156,7 @@ def test_demo(made, tmp_path):
         demo(made, folder, "runner.logger.logger_backends=[tensorboard]", *changes), cwd=tmp_path
     )
     assert "of 2 fresh episodes" in out
+    assert re.search(r"^reward threshold 0\.\d{3}, chosen by its trainer$", out, re.MULTILINE)
     made_files = {path.name for path in folder.iterdir()}
     files = {"config.yaml", "metrics.jsonl", "summary.json"}
     files |= {"curves.png", "traces.html", "scores.png", "eval.mp4"}
@@ -212,8 +214,10 @@ def test_ppo_on_a_terminal_resnet(made, tmp_path):
     folder = tmp_path / "run"
     changes = ("algorithm.num_steps=6", "algorithm.minibatch_size=12", "reward.reward_threshold=0.0")
     argv = guide("maniskill_ppo_mlp_resnet_reward", made, folder, *changes)
-    run_script([*argv, f"reward.model.model_path={made.bare_weights}"], cwd=tmp_path)
+    out = run_script([*argv, f"reward.model.model_path={made.bare_weights}"], cwd=tmp_path)
     assert summary(folder)["learned_success"] == 1.0  # a threshold of 0 likes everything
+    assert summary(folder)["reward_threshold"] == 0.0
+    assert "reward threshold 0.000, set by hand; the model stores none" in out
     assert summary(folder)["false_positives_per_1000_steps"] == pytest.approx(1000 / 6, abs=1000 / 12)
     assert all(
         row["rollout/learned_success"] == 1.0 for row in rows(folder) if "rollout/learned_success" in row
