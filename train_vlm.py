@@ -3,20 +3,22 @@
     export DUALVIEW_SFT_DATA_ROOT=logs/processed_qwentrend_reward_data
     python train_vlm.py configs/qwen3vl_sft_qwentrend.yaml [key=value ...]
     torchrun --nproc_per_node 2 train_vlm.py configs/qwen3vl_sft_qwentrend.yaml      (data-parallel)
+    python train_vlm.py --report CHECKPOINT WINDOWS [...]                            (train nothing)
 
 In: the windows of preprocess_qwentrend.py (format: common/windows.py), and the folder of a Qwen3-VL.
 Out, in the run folder: `config.yaml`, `metrics.jsonl`, `checkpoint/` (a LoRA adapter, or the whole model;
-format: common/qwen_checkpoint.py) and, at the end, the report card (`summary.json`, `confusion.png`,
-`examples.png`).
+format: common/qwen_checkpoint.py) and, at the end, `report/` (the report card: common/trend_report.py) and
+`summary.json`.
 
 Validation asks the model as it will be asked online, on held-out windows that nobody reversed. `checkpoint/`
 is the best model so far by macro-F1 (to four digits), ties decided by lower loss. A step is an optimizer
-step.
+step. `--report` writes the card of any checkpoint, or of a Qwen3-VL as it comes, on any windows.
 """
 
 import contextlib
 import math
 import platform
+import sys
 import time
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -29,23 +31,23 @@ from tqdm import tqdm
 from common import config
 from common.files import new_run_dir, save_json
 from common.log import LoggerConfig, RunLog
-from common.qwen_checkpoint import load_history_vlm, save_vlm
-from common.qwen_sft import ModelConfig, Pupil, answer_loss, scorer_config
+from common.qwen_checkpoint import save_vlm
+from common.qwen_sft import ModelConfig, Pupil, answer_loss, load_scorer
 from common.ranks import Ranks
-from common.runtime import UserError, run_script, seed_everything, set_threads
+from common.report import new_report_dir, report_parser
+from common.runtime import UserError, pick_device, run_script, seed_everything, set_threads
 from common.training import AdamWConfig, EarlyStop, EarlyStopConfig, build_adamw
 from common.trend import LABELS
-from common.trend_report import (
+from common.trend_card import (
     CONTROLS,
-    card_table,
     confusion_counts,
     natural_windows,
-    plot_confusion,
-    plot_examples,
     report_card,
     score_windows,
+    some_of,
     trend_metrics,
 )
+from common.trend_report import card_table, scores_table, write_card
 from common.windows import WindowIndices, WindowSet, check_windows, shifted, some_reversed
 
 NUM_GOLDEN = 3  # validation windows of each verdict that are kept in the checkpoint, at most
@@ -222,9 +224,7 @@ class Judge:
     def __init__(self, cfg: TrainConfig, train_set: WindowSet, val_set: WindowSet):
         self.cfg, self.train_set, self.val_set = cfg, train_set, val_set
         self.natural, self.warning = natural_windows(val_set)
-        count = cfg.runner.max_val_windows
-        count = len(self.natural) if count < 1 else min(count, len(self.natural))
-        self.chosen = np.sort(np.random.default_rng(0).permutation(self.natural)[:count])
+        self.chosen = some_of(self.natural, cfg.runner.max_val_windows)
         self.started = time.monotonic()
         self.validating_s = 0.0
         self.last_step = 0
@@ -308,17 +308,13 @@ class Judge:
     def sum_up(self, device: torch.device) -> None:
         """The report card of the best checkpoint, loaded as an RL run loads it."""
         trained_s = time.monotonic() - self.started - self.validating_s
-        section, checkpoint = self.cfg.actor.model, str(self.folder / "checkpoint")
-        reward = scorer_config(section, self.train_set, section.precision)
-        reward.lora_path = checkpoint if section.is_lora else None
-        reward.model_path = section.model_path if section.is_lora else checkpoint
-        model = load_history_vlm(reward, device)
+        checkpoint = str(self.folder / "checkpoint")
+        model = load_scorer(self.cfg.actor.model, checkpoint, self.val_set, device)
         prob = score_windows(model, self.val_set, self.natural)
         label = self.val_set.labels[self.natural]
         controls = CONTROLS if self.cfg.data.frames == "all" else []
         rows = report_card(model, self.val_set, self.chosen, controls)
-        plot_confusion(prob, label, self.folder / "confusion.png")
-        plot_examples(prob, self.val_set, self.natural, self.folder / "examples.png")
+        card = write_card(prob, self.val_set, self.natural, rows, model.meta, self.folder / "report")
         num_drawn = self.last_step * self.cfg.actor.global_batch_size
         summary = {
             "seconds": round(time.monotonic() - self.started, 1),
@@ -329,6 +325,7 @@ class Judge:
             "val_metrics": trend_metrics(prob, label),
             "confusion": confusion_counts(prob.argmax(1), label),
             "report_card": rows,
+            "beats_baselines": card["beats_baselines"],
             "class_counts": self.best["class_counts"],
             "versions": {
                 "python": platform.python_version(),
@@ -336,10 +333,38 @@ class Judge:
             },
         }
         save_json(summary, self.folder / "summary.json")
-        self.log.say(f"{card_table(rows)}\n{summary['seconds']:.0f} s, {self.last_step} steps")
+        self.log.say(
+            f"{scores_table(card)}\n{card_table(rows)}\n{summary['seconds']:.0f} s, {self.last_step} steps"
+        )
+
+
+# ----------------------------------------------------------------------------------------------------
+# The report card of any checkpoint
+# ----------------------------------------------------------------------------------------------------
+
+
+def report(argv: list[str]) -> None:
+    """What follows `--report`: score windows, print the card, and write it into a new folder."""
+    parser = report_parser(
+        "train_vlm.py", "folders of preprocess_qwentrend.py (their eval/), or segments.jsonl"
+    )
+    parser.add_argument("--max-windows", type=int, default=600, help="of the controls, drawn once; 0: all")
+    args = parser.parse_args(argv)
+    section = config.from_yaml(ModelConfig, None, args.model)
+    paths = [path if path.endswith(".jsonl") else f"{path}/eval/segments.jsonl" for path in args.data]
+    windows = WindowSet(paths)
+    indices, warning = natural_windows(windows)
+    model = load_scorer(section, args.checkpoint, windows, pick_device(section.device))
+    prob = score_windows(model, windows, indices)
+    rows = report_card(model, windows, some_of(indices, args.max_windows))
+    folder = new_report_dir(args.output_dir)
+    card = write_card(prob, windows, indices, rows, model.meta, folder)
+    print(f"{scores_table(card)}{warning}\n{card_table(rows)}\npictures and all numbers: {folder}")
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["--report"]:
+        return report(sys.argv[2:])
     cfg = config.load(TrainConfig, description=__doc__)
     set_threads(cfg.runner.num_threads)
     seed_everything(cfg.runner.seed)

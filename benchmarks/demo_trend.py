@@ -139,7 +139,7 @@ def print_report(folder: str, summary: dict) -> None:
     print(f"\nTRUE success in {summary['num_episodes']} fresh episodes, paid by the trend alone: {truth}")
     corr, false = (told(summary[name]) for name in ("progress_corr", "false_positive_share"))
     print(f"correlation of pay and true progress: {corr}; of windows called positive false: {false}")
-    print(f"look at {folder}/rl/traces.html in a browser, and at {folder}/vlm/examples.png")
+    print(f"look at {folder}/rl/traces.html in a browser, and at {folder}/vlm/report/examples.png")
 
 
 def told(number: float | None) -> str:

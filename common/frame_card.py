@@ -153,9 +153,6 @@ def _reliability(scored: ScoredFrames) -> list[dict[str, float]]:
 def _rank_episodes(scored: ScoredFrames, drawn: np.ndarray) -> dict[str, dict[str, Any]]:
     """Kendall's tau-b of episodes: the highest score against success at any frame, which per-step rewards
     depend on, and the last score against success in the last frame, which terminal ones do.
-
-    `perfect`: what the right ranking without ties would reach; a model that scores 0 and 1 alone may exceed
-    it.
     """
     order = np.lexsort((scored.step, scored.episode))
     first = np.flatnonzero(np.diff(scored.episode[order], prepend=-1))
@@ -165,18 +162,7 @@ def _rank_episodes(scored: ScoredFrames, drawn: np.ndarray) -> dict[str, dict[st
         "kendall_once": (np.maximum.reduceat(prob, first), np.logical_or.reduceat(label, first)),
         "kendall_at_end": (prob[last], label[last]),
     }
-    out = {}
-    for name, (score, outcome) in columns.items():
-        resampled = [
-            metrics.kendall_tau_b(np.repeat(score, times), np.repeat(outcome, times))
-            if 0 < times @ outcome < times.sum()
-            else np.nan
-            for times in drawn
-        ]
-        value = metrics.kendall_tau_b(score, outcome)
-        perfect = metrics.kendall_tau_b(np.arange(len(score)), np.sort(outcome))
-        out[name] = {**_entry(value, interval_of(np.array(resampled))), "perfect": perfect}
-    return out
+    return {name: metrics.kendall_of_episodes(*column, drawn) for name, column in columns.items()}
 
 
 def _baselines(

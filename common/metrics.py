@@ -122,6 +122,22 @@ def kendall_tau_b(score: ArrayLike, outcome: ArrayLike) -> float:
     return float(kendalltau(score, outcome).statistic)
 
 
+def kendall_of_episodes(score: np.ndarray, outcome: np.ndarray, drawn: np.ndarray) -> dict[str, Any]:
+    """value, interval, and `perfect`: what the right ranking reaches without ties, which may help beyond it.
+
+    score (E,), outcome (E,) bool; drawn (R, E): `common.intervals.draw_episodes`.
+    """
+    resampled = [
+        kendall_tau_b(np.repeat(score, times), np.repeat(outcome, times))
+        if 0 < times @ outcome < times.sum()
+        else np.nan
+        for times in drawn
+    ]
+    perfect = kendall_tau_b(np.arange(len(score)), np.sort(outcome))
+    value = kendall_tau_b(score, outcome)
+    return {"value": value, "interval": interval_of(np.array(resampled)), "perfect": perfect}
+
+
 NUM_BINS = 15  # Guo et al., "On Calibration of Modern Neural Networks", ICML 2017
 
 
@@ -226,17 +242,17 @@ def threshold_interval(
 
 def threshold_is(meta: dict[str, Any], threshold: float) -> str:
     """Where the threshold comes from, in words; `meta`: the model's reward.json."""
-    stored, rule = meta.get("threshold"), meta.get("threshold_rule", {})
+    stored, rule = meta.get("threshold"), meta.get("threshold_rule")
     if stored is None:
         return "set by hand; the model stores none"
     if stored != threshold:
         return f"set by hand; the model's own is {stored:.3f}"
-    ends = rule.get("interval")
+    if rule is None:
+        return "stored with the model"
+    ends = rule.get("interval")  # models of before have none
+    kept = "" if rule["kept"] else ", which no threshold keeps"
     sure = "" if ends is None else f", 95 % interval {ends[0]:.3f} to {ends[1]:.3f}"
-    kept = "" if rule.get("kept", True) else ", which no threshold keeps"
-    return f"chosen by {rule.get('rule', 'its trainer')} {rule.get('value', '')}{kept}{sure}".replace(
-        " ,", ","
-    )
+    return f"chosen by {rule['rule']} {rule['value']:g}{kept}{sure}"
 
 
 def wilson_lower_bound(hits: ArrayLike, trials: ArrayLike, z: float = 1.645) -> np.ndarray:

@@ -1,15 +1,17 @@
 """Teaching a Qwen3-VL to answer: which weights learn, and what a wrong answer costs."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.files import load_json
 from common.history import HistoryBufferConfig
 from common.prompts import INPUT_BUILDERS, InputBuilderParams, look_up, make_parser
-from common.qwen_checkpoint import load_base, renamed_calls_unsaid
+from common.qwen_checkpoint import load_base, load_history_vlm, renamed_calls_unsaid
 from common.qwen_inputs import NO_LABEL, QwenInputs
 from common.qwen_reward import HistoryVLMRewardConfig, HistoryVLMRewardModel
 from common.windows import WindowSet
@@ -83,6 +85,23 @@ def scorer_config(section: ModelConfig, windows: WindowSet, precision: str) -> H
         input_builder_params=InputBuilderParams(template=windows.template),
         history_buffers={"history_window": buffer},
     )
+
+
+def load_scorer(
+    section: ModelConfig, checkpoint: str, windows: WindowSet, device: torch.device
+) -> HistoryVLMRewardModel:
+    """The model of a checkpoint folder, as an RL run loads it, to be asked what the windows ask.
+
+    An adapter's base model is `section.model_path`, or the one that the adapter was trained on.
+    """
+    reward = scorer_config(section, windows, section.precision)
+    adapter = Path(checkpoint) / "adapter_config.json"
+    if adapter.is_file():
+        reward.lora_path = checkpoint
+        reward.model_path = section.model_path or load_json(adapter)["base_model_name_or_path"]
+    else:
+        reward.model_path = checkpoint
+    return load_history_vlm(reward, device)
 
 
 def add_lora(model: nn.Module, rank: int, alpha: int, dropout: float, vision: bool) -> nn.Module:

@@ -1,194 +1,171 @@
-"""What a trend model is worth on held-out windows, and what becomes of it when the windows are tampered with.
+"""The report card of a trend model, in words, pictures and a file (numbers: common/trend_card.py).
 
-One accuracy says little: where things stand in the last frame alone gives much of the label away. So the
-report card plays windows backwards, freezes and shuffles them, hides a view and empties the question: a model
-that judges motion must answer otherwise then, each time in a way known in advance.
+`write_card` leaves a folder: `report.json` (all numbers), `controls.png` (what becomes of the score when the
+windows are tampered with, and what needs no model), `confusion.png` and `examples.png`.
 """
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from common.report import STYLE, save_figure
-from common.runtime import UserError
-from common.trend import LABELS, OPPOSITE
-from common.windows import Frames, WindowSet, frozen
-
-
-class Scorer(Protocol):
-    def score(self, frames: Frames, tasks: list[str] | None = None) -> Tensor:
-        """label_prob (B, 3) of windows; a row's sum is at most 1."""
-
-
-def natural_windows(windows: WindowSet) -> tuple[np.ndarray, str]:
-    """(indices of the windows that nobody reversed, a warning or ""); all where those are of one label."""
-    natural = np.flatnonzero(~windows.reversed)
-    held = np.unique(windows.labels[natural])
-    if len(held) < 2:
-        return np.arange(len(windows)), "; warning: reversed ones are among them"
-    lacking = [LABELS[label] for label in np.setdiff1d(windows.labels, held)]
-    if lacking:
-        return natural, f"; warning: none of the natural ones is {lacking[0]}, so that its F1 is unknown"
-    return natural, ""
-
-
-def score_windows(
-    model: Scorer,
-    windows: WindowSet,
-    indices: np.ndarray,
-    change: Callable[[Frames], Frames] = lambda frames: frames,
-    blank_task: bool = False,
-    chunk: int = 256,
-) -> np.ndarray:
-    """label_prob (len(indices), 3) by the online scorer. `chunk`: windows in memory at once."""
-    prob = []
-    for start in range(0, len(indices), chunk):
-        part = indices[start : start + chunk]
-        tasks = [""] * len(part) if blank_task else windows.tasks_of(part)
-        prob.append(model.score(change(windows.windows(part)), tasks).numpy())
-    return np.concatenate(prob)
-
+from common.files import save_json
+from common.log import in_red
+from common.report import BLUE, GREY, RED, STYLE, save_figure
+from common.trend import LABELS
+from common.trend_card import confusion_counts, trend_metrics, trend_scores
+from common.windows import Frames, WindowSet
 
 # ----------------------------------------------------------------------------------------------------
-# Numbers
+# Words
 
 
-def confusion_counts(verdict: np.ndarray, label: np.ndarray) -> np.ndarray:
-    """(3, 3) int64: [label, verdict] of (B,) indices into LABELS."""
-    return np.bincount(label * len(LABELS) + verdict, minlength=len(LABELS) ** 2).reshape(len(LABELS), -1)
-
-
-def f1_scores(counts: np.ndarray) -> np.ndarray:
-    """(3,) F1 of each label in `confusion_counts`; nan for a label that no window has."""
-    hits, num_label, num_called = counts.diagonal(), counts.sum(1), counts.sum(0)
-    return np.where(num_label > 0, 2 * hits / np.maximum(num_label + num_called, 1), np.nan)
-
-
-def trend_metrics(label_prob: np.ndarray, label: np.ndarray) -> dict[str, float]:
-    """loss (nats), accuracy, macro_f1 (mean over the labels that occur), f1_<label>, label_mass.
-
-    label_prob (B, 3), label (B,). Raises UserError where a probability is no number.
-    """
-    if not np.isfinite(label_prob).all():
-        raise UserError("a label's probability is not finite: the model diverged, so lower the learning rate")
-    verdict = label_prob.argmax(1)
-    f1 = f1_scores(confusion_counts(verdict, label))
-    of_truth = label_prob[np.arange(len(label)), label].astype(np.float64)
-    return {
-        "loss": float(-np.log(of_truth.clip(min=1e-12)).mean()),
-        "accuracy": float((verdict == label).mean()),
-        "macro_f1": float(np.nanmean(f1)),
-        **{f"f1_{name}": float(value) for name, value in zip(LABELS, f1, strict=True)},
-        "label_mass": float(label_prob.sum(1).mean()),
-    }
-
-
-# ----------------------------------------------------------------------------------------------------
-# The report card
-
-
-def played_backwards(frames: Frames) -> Frames:
-    return {view: images.flip(1) for view, images in frames.items()}
-
-
-def shuffled(frames: Frames) -> Frames:
-    """An order of frames drawn per window, the same in all views and at every call."""
-    batch, size = next(iter(frames.values())).shape[:2]
-    order = torch.rand(batch, size, generator=torch.Generator().manual_seed(0)).argsort(1)  # (B, K)
-    return {view: images[torch.arange(batch)[:, None], order] for view, images in frames.items()}
-
-
-def first_and_last(frames: Frames) -> Frames:
-    """The first frame for the first half, the last one for the second: `[0, 0, 0, 4, 4]`."""
-    size = next(iter(frames.values())).shape[1]
-    order = [0 if index < (size + 1) // 2 else size - 1 for index in range(size)]
-    return {view: images[:, order] for view, images in frames.items()}
-
-
-def views_swapped(frames: Frames) -> Frames:
-    """Each camera shows what the other one saw; both must be of one size."""
-    return dict(zip(frames, reversed(frames.values()), strict=True))
-
-
-def blacked_out(view: str) -> Callable[[Frames], Frames]:
-    return lambda frames: {
-        name: torch.zeros_like(images) if name == view else images for name, images in frames.items()
-    }
-
-
-class Control(NamedTuple):
-    """A way to tamper with windows, and what a model that judges motion does then."""
-
-    name: str
-    expected: str
-    change: Callable[[Frames], Frames] = lambda frames: frames
-    blank_task: bool = False
-
-
-CONTROLS = [
-    Control("reversed", "far below normal", played_backwards),
-    Control("shuffled frames", "below normal", shuffled),
-    Control("frozen (last frame)", "none called positive", frozen),
-    Control("first and last frame", "near normal: the label is their difference", first_and_last),
-    Control("views swapped", "below normal", views_swapped),
-    Control("main view black", "below normal where this view counts", blacked_out("main_images")),
-    Control("extra view black", "below normal where this view counts", blacked_out("extra_view_images")),
-    Control("no task text", "shows whether the task is read", blank_task=True),
-]
-
-
-def report_card(
-    model: Scorer, windows: WindowSet, indices: np.ndarray, controls: list[Control] = CONTROLS
-) -> list[dict[str, Any]]:
-    """A row per control on these windows: name, expected, what `trend_metrics` says, the shares of the calls.
-
-    The reversed windows have a second row, judged against flipped labels (positive <-> negative). The last
-    row is the best that one and the same answer to everything reaches.
-    """
-    label = windows.labels[indices]
-    rows = [_row("normal", "", score_windows(model, windows, indices), label)]
-    for control in controls:
-        if control.change is views_swapped and len({tuple(size) for size in windows.frame_size.values()}) > 1:
-            continue
-        prob = score_windows(model, windows, indices, control.change, control.blank_task)
-        rows.append(_row(control.name, control.expected, prob, label))
-        if control.change is played_backwards:
-            rows.append(_row("reversed, labels flipped", "near normal", prob, OPPOSITE[label]))
-    commonest = np.bincount(label, minlength=len(LABELS)).argmax()
-    always = np.eye(len(LABELS), dtype=np.float32)[np.full(len(label), commonest)]
-    rows.append(_row(f"always {LABELS[commonest]}", "the floor", always, label))
-    return rows
-
-
-def _row(name: str, expected: str, label_prob: np.ndarray, label: np.ndarray) -> dict[str, Any]:
-    called = np.bincount(label_prob.argmax(1), minlength=len(LABELS)) / len(label)
-    shares = {f"called_{word}": float(share) for word, share in zip(LABELS, called, strict=True)}
-    return {"control": name, **trend_metrics(label_prob, label), **shares, "expected": expected}
+SCORES = {
+    "macro_f1": "macro-F1",
+    "f1_positive": "F1 of positive",
+    "f1_negative": "F1 of negative",
+    "f1_unclear": "F1 of unclear",
+    "accuracy": "accuracy",
+    "label_mass": "label mass",
+    "calibration_error": "calibration error (ECE)",
+    "kendall": "tau-b of episodes, success",
+}
 
 
 def card_table(rows: list[dict[str, Any]]) -> str:
-    """The report card as text, a line per row."""
+    """The rows of `trend_card.report_card` as text; red on a terminal is what the model should beat and does
+    not."""
     columns = {
         "accuracy": "accuracy",
         "macro_f1": "macro-F1",
         "f1_negative": "negative F1",
         "called_positive": "called pos.",
         "called_negative": "called neg.",
-        "label_mass": "label mass",
     }
     lines = [f"{'held-out windows':<26}" + "".join(f"{title:>13}" for title in columns.values())]
     for row in rows:
-        numbers = "".join(f"{row[key]:>13.3f}" for key in columns)
-        lines.append(f"{row['control']:<26}{numbers}   {row['expected']}".rstrip())
+        numbers = "".join(f"{_number(row[key]):>13}" for key in columns)
+        told = in_red(f"NOT BEATEN, should be {row['expected']}") if is_suspect(row) else row["expected"]
+        lines.append(f"{row['control']:<26}{numbers}   {told}".rstrip())
     return "\n".join(lines)
+
+
+def is_suspect(row: dict[str, Any]) -> bool:
+    return row["beaten"] is False
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None or np.isnan(value) else f"{value:.3f}"  # None: nan, from a JSON file
+
+
+def scores_table(card: dict[str, Any]) -> str:
+    """What the card's numbers are of, and those of the windows as they are."""
+    episodes = "unknown" if card["num_episodes"] is None else card["num_episodes"]
+    lines = [
+        f"report card: {card['num_windows']:,} windows of {episodes} episodes, {card['held_out']}",
+        ", ".join(f"{count:,} {name}" for name, count in card["class_counts"].items())
+        + f" ({card['prevalence_is']})",
+        f"{'':<26}{'value':>13}   95 % interval, episodes drawn anew",
+    ]
+    for name, entry in card["scores"].items():
+        lines.append(f"{SCORES[name]:<26}{_number(entry['value']):>13}   {_interval(entry)}")
+    return "\n".join(lines)
+
+
+def _interval(entry: dict[str, Any]) -> str:
+    ends = entry["interval"]
+    text = "unknown" if ends is None else f"{ends[0]:.3f} to {ends[1]:.3f}"
+    return text + (f"   (a perfect ranking: {entry['perfect']:.3f})" if "perfect" in entry else "")
+
+
+# ----------------------------------------------------------------------------------------------------
+# The folder
+
+
+def write_card(
+    label_prob: np.ndarray,
+    windows: WindowSet,
+    indices: np.ndarray,
+    rows: list[dict[str, Any]],
+    meta: dict[str, Any],
+    folder: Path,
+) -> dict[str, Any]:
+    """Write the folder and return the card.
+
+    label_prob (len(indices), 3): what the model says of these windows; `rows`: those of its `report_card`;
+    `meta`: its reward.json, {} without one.
+    """
+    label = windows.labels[indices]
+    card = {
+        "num_windows": len(indices),
+        "num_episodes": None if windows.episode is None else len(np.unique(windows.episode[indices])),
+        "data_sha256": windows.sha256,
+        "held_out": held_out(windows, meta),
+        "prevalence_is": prevalence_of(windows.info),
+        "class_counts": dict(zip(LABELS, np.bincount(label, minlength=len(LABELS)).tolist(), strict=True)),
+        "scores": trend_scores(label_prob, windows, indices),
+        "confusion": confusion_counts(label_prob.argmax(1), label),
+        "controls": rows,
+        "beats_baselines": not any(is_suspect(row) for row in rows),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    plot_controls(rows, folder / "controls.png")
+    plot_confusion(label_prob, label, folder / "confusion.png")
+    plot_examples(label_prob, windows, indices, folder / "examples.png")
+    save_json(card, folder / "report.json")
+    return card
+
+
+def prevalence_of(info: dict[str, Any]) -> str:
+    """In words, of what the shares of the labels are the shares; info: dataset_info.json, {} without one."""
+    if not info.keys() >= {"natural_eval", "balance_labels"}:
+        return "as in the file, which does not say what was left out"
+    if info["natural_eval"]:
+        return "as often as they occur"
+    if info["balance_labels"]:
+        return "cut to equal numbers by preprocessing; its --natural-eval keeps them as often as they occur"
+    return "as preprocessing cut them; its --natural-eval keeps them as often as they occur"
+
+
+def held_out(windows: WindowSet, meta: dict[str, Any]) -> str:
+    """What the model has had to do with these windows before; the folder's name tells train from eval."""
+    known = set(meta.get("data_sha256", {}).values())
+    shared = [path for path, digest in windows.sha256.items() if digest in known]
+    if not shared:
+        return "no file of its training or validation"
+    if any(Path(path).parent.name == "train" for path in shared):
+        return "careful: windows of training are among them"
+    return "its validation windows, by which the checkpoint was chosen"
 
 
 # ----------------------------------------------------------------------------------------------------
 # Pictures
+
+
+def plot_controls(rows: list[dict[str, Any]], path: Path) -> None:
+    """Macro-F1 of the model, of tampered windows and of guesses, with intervals; red: NOT BEATEN."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(7, 0.9 + 0.27 * len(rows)), layout="constrained")
+        axes = figure.add_subplot()
+        for place, row in enumerate(rows):
+            color = BLUE if place == 0 else RED if is_suspect(row) else GREY
+            axes.barh(place, row["macro_f1"], color=color, height=0.65, alpha=1 if place == 0 else 0.6)
+            if row["macro_f1_interval"] is not None:
+                axes.plot(row["macro_f1_interval"], [place, place], color="black", linewidth=1)
+            told = "NOT BEATEN" if is_suspect(row) else "" if row["beaten"] is None else "beaten"
+            axes.text(1.02, place, told, color=color, va="center", fontsize=8)
+        axes.axvline(rows[0]["macro_f1"], color=BLUE, linestyle="--", linewidth=1)
+        axes.set_yticks(range(len(rows)), [row["control"] for row in rows])
+        axes.set(
+            xlim=(0, 1), ylim=(len(rows) - 0.4, -0.6), xlabel="macro-F1, and its 95 % interval over episodes"
+        )
+        axes.set_axisbelow(True)
+        axes.grid(visible=False, axis="y")
+        axes.set_title("Windows as they are, tampered with, and what needs no model", loc="left")
+    save_figure(figure, path)
 
 
 def plot_confusion(label_prob: np.ndarray, label: np.ndarray, path: Path) -> None:

@@ -34,6 +34,9 @@ class _Row:
     prompt: str
     reversed: bool
     path: Path  # of the pickle
+    source: tuple[str, str] | None  # this segments.jsonl and the episode it names
+    start: int | None  # first frame of the window
+    success: bool | None  # of the episode
 
 
 class WindowSet:
@@ -41,7 +44,8 @@ class WindowSet:
 
     `labels` (n,) int64 into LABELS; `reversed` (n,) bool, played backwards; `tasks` n texts; `template` of
     the prompt, with `{task}`; `window_size` K; `frame_size` view -> [H, W]; `info` the dataset_info.json ({}
-    where there is none); `sha256` file -> hash of its content.
+    where there is none); `sha256` file -> hash of its content. `episode` (n,) int64, `start` (n,) int64, its
+    first frame, and `success` (n,) bool, of the episode, are None where a row does not tell.
     """
 
     views = tuple(FRAME_KEYS)
@@ -67,6 +71,16 @@ class WindowSet:
         self.labels = np.array([row.label for row in rows], dtype=np.int64)
         self.reversed = np.array([row.reversed for row in rows], dtype=bool)
         self.tasks = [row.task for row in rows]
+        self.episode = None
+        if all(row.source is not None for row in rows):
+            numbers = {
+                source: number for number, source in enumerate(dict.fromkeys(row.source for row in rows))
+            }
+            self.episode = np.array([numbers[row.source] for row in rows], dtype=np.int64)
+        known = all(row.start is not None for row in rows)
+        self.start = np.array([row.start for row in rows], dtype=np.int64) if known else None
+        known = all(row.success is not None for row in rows)
+        self.success = np.array([row.success for row in rows], dtype=bool) if known else None
         self._paths = [row.path for row in rows]
         if missing := next((path for path in self._paths if not path.is_file()), None):
             raise UserError(
@@ -225,9 +239,20 @@ def _read_rows(path: Path, video_root: str | None) -> list[_Row]:
             ) from error
         if answer not in LABELS:
             raise UserError(f"{path}:{number}: answer must be one of {', '.join(LABELS)}, got '{answer}'")
-        augmentation = row.get("segment_metadata", {}).get("augmentation")
-        where = _pickle_path(pkl_path, video_root, path)
-        rows.append(_Row(LABELS.index(answer), task or "", prompt, augmentation == REVERSED, where))
+        told = row.get("segment_metadata", {})
+        source = row.get("source_episode_path")
+        rows.append(
+            _Row(
+                LABELS.index(answer),
+                task or "",
+                prompt,
+                told.get("augmentation") == REVERSED,
+                _pickle_path(pkl_path, video_root, path),
+                None if source is None else (str(path), source),
+                told.get("start_step"),
+                told.get("success"),
+            )
+        )
     if not rows:
         raise UserError(f"{path} holds no windows; check the counts that preprocess_qwentrend.py printed")
     return rows

@@ -180,9 +180,10 @@ def test_where_a_threshold_comes_from():
     rule = {"rule": "max_false_positives_per_1000", "value": 2.0, "kept": True, "interval": [0.81, 0.97]}
     meta = {"threshold": 0.9, "threshold_rule": rule}
     assert threshold_is(meta, 0.9) == (
-        "chosen by max_false_positives_per_1000 2.0, 95 % interval 0.810 to 0.970"
+        "chosen by max_false_positives_per_1000 2, 95 % interval 0.810 to 0.970"
     )
     assert threshold_is(meta, 0.5) == "set by hand; the model's own is 0.900"
     assert threshold_is({}, 0.5) == "set by hand; the model stores none"
+    assert threshold_is({"threshold": 0.5}, 0.5) == "stored with the model"
     meta["threshold_rule"] = {"rule": "precision_lower_bound", "value": 0.98, "kept": False}
     assert threshold_is(meta, 0.9) == "chosen by precision_lower_bound 0.98, which no threshold keeps"

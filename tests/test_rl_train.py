@@ -156,7 +156,7 @@ def test_demo(made, tmp_path):
         demo(made, folder, "runner.logger.logger_backends=[tensorboard]", *changes), cwd=tmp_path
     )
     assert "of 2 fresh episodes" in out
-    assert re.search(r"^reward threshold 0\.\d{3}, chosen by its trainer$", out, re.MULTILINE)
+    assert re.search(r"^reward threshold 0\.\d{3}, stored with the model$", out, re.MULTILINE)
     made_files = {path.name for path in folder.iterdir()}
     files = {"config.yaml", "metrics.jsonl", "summary.json"}
     files |= {"curves.png", "traces.html", "scores.png", "eval.mp4"}

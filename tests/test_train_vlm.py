@@ -20,11 +20,12 @@ from common.qwen_reward import HistoryVLMRewardConfig
 from common.qwen_sft import LANGUAGE_LINEARS, add_lora, answer_loss, weighted_mean
 from common.ranks import Ranks
 from common.runtime import UserError
-from common.trend_report import score_windows
+from common.trend_card import score_windows
 from common.windows import WindowSet
 
 ROOT = Path(__file__).parents[1]
-FILES = {"config.yaml", "metrics.jsonl", "checkpoint", "summary.json", "confusion.png", "examples.png"}
+FILES = {"config.yaml", "metrics.jsonl", "checkpoint", "report", "summary.json"}
+GUESSES = ["always positive", "time alone", "brightness alone", "last frame, 8x8, linear"]
 
 
 @pytest.fixture
@@ -80,7 +81,7 @@ def test_a_run_and_its_checkpoint(data, tiny_qwen, tmp_path, is_lora):
 
     summary = summary_of(run)
     names = [row["control"] for row in summary["report_card"]]
-    assert names[0] == "normal" and "reversed, labels flipped" in names and len(names) == 11
+    assert names[0] == "normal" and "reversed, labels flipped" in names and len(names) == 14
     assert np.array(summary["confusion"]).sum() == 11  # of 12 windows one was played backwards
     best = next(line for line in lines if line["step"] == summary["best_step"])
     for name in ("macro_f1", "accuracy", "loss", "label_mass"):
@@ -151,8 +152,34 @@ def test_the_command_line(data, tiny_qwen, tmp_path):
     result = run_script("configs/qwen3vl_sft_qwentrend.yaml", *more)
     assert result.returncode == 0, result.stderr
     assert "validation on 3 of 11 windows" in result.stdout
+    assert "report card: 11 windows of 4 episodes, its validation windows" in result.stdout
     assert "frozen (last frame)" in result.stdout and "best checkpoint: step 1" in result.stdout
     assert {path.name for path in (tmp_path / "run").iterdir()} == FILES
+
+
+def test_the_report_of_any_checkpoint_on_any_windows(data, tiny_qwen, tmp_path, capsys):
+    run = train(tmp_path, tiny_qwen, "runner.max_steps=1")
+    other = write_windows(tmp_path / "other", num_eval=18)
+    told = [str(run / "checkpoint"), str(other), "--output-dir", str(tmp_path / "card"), "--max-windows", "6"]
+    train_vlm.report([*told, "--model", "device=cpu"])
+    out = capsys.readouterr().out
+    assert "report card: 16 windows of 6 episodes, no file of its training or validation" in out
+    card = json.loads((tmp_path / "card/report.json").read_text())
+    assert np.array(card["confusion"]).sum() == 16 and len(card["controls"]) == 14
+    assert card["scores"]["label_mass"]["value"] == pytest.approx(card["controls"][0]["label_mass"], abs=0.05)
+    with pytest.raises(UserError, match="holds a report already"):
+        train_vlm.report(told)
+    # a Qwen3-VL as it comes, from a shell
+    told = [
+        "--report",
+        str(tiny_qwen),
+        str(data / "train/segments.jsonl"),
+        "--output-dir",
+        str(tmp_path / "raw"),
+    ]
+    result = run_script(*told, "--model", "device=cpu")
+    assert result.returncode == 0, result.stderr
+    assert "of 8 episodes, no file of its training" in result.stdout
 
 
 def test_a_missing_environment_variable_is_one_line_and_an_exit_code():
@@ -201,7 +228,7 @@ def test_micro_batches_and_checkpointing_change_no_number(data, tiny_qwen, tmp_p
 
 def test_the_last_frame_control_sees_one_frame(data, tiny_qwen, tmp_path):
     run = train(tmp_path, tiny_qwen, "data.frames=last", "runner.max_steps=2")
-    assert [row["control"] for row in summary_of(run)["report_card"]] == ["normal", "always positive"]
+    assert [row["control"] for row in summary_of(run)["report_card"]] == ["normal", *GUESSES]
     assert json.loads((run / "checkpoint/reward.json").read_text())["frames"] == "last"
     path = str(data / "eval/segments.jsonl")
     model = load_history_vlm(

@@ -104,7 +104,8 @@ def sac(made: Made, folder: Path, *changes: str) -> list[str]:
 @pytest.mark.slow
 def test_from_episodes_to_sac(made, tmp_path):
     assert {"report_card", "confusion", "best_step"} <= set(summary(made.trained))
-    assert (made.trained / "confusion.png").is_file() and (made.trained / "examples.png").is_file()
+    pictures = {"controls.png", "confusion.png", "examples.png"}
+    assert {path.name for path in (made.trained / "report").iterdir()} == pictures | {"report.json"}
     out = run("rl_train.py", *sac(made, tmp_path / "rl", "reward.placement=worker"), cwd=tmp_path)
     assert "true success" in out
     final = summary(tmp_path / "rl")

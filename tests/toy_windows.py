@@ -59,13 +59,19 @@ def write_windows(
             path = f"{split}/pkl/{label}_{index:06d}.pkl"
             (folder / path).write_bytes(pickle.dumps({**frames, "label": label, "score": 0.0}))
             reverse = label == "negative" and index % 4 == 0
-            metadata = {"window_size": num_frames, "augmentation": "reverse_positive" if reverse else "none"}
+            metadata = {
+                "window_size": num_frames,
+                "augmentation": "reverse_positive" if reverse else "none",
+                "start_step": 7 * index % 11,
+                "success": index // 3 % 2 == 0,
+            }
             rows.append(
                 {
                     "task": task,
                     "prompt": fill(template, task, num_frames),
                     "answer": label,
                     "pkl_path": path,
+                    "source_episode_path": f"{index // 3}.pkl",  # a window of each label in every episode
                     "segment_metadata": metadata,
                 }
             )
