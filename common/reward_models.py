@@ -78,7 +78,11 @@ class Ensemble:
                         f"{key}: {model.meta.get(key)} and {self.meta.get(key)}"
                     )
         thresholds = [model.threshold for model in models]
-        self.meta["threshold"] = None if None in thresholds else max(thresholds)
+        if None in thresholds:
+            self.meta["threshold"] = None
+        else:
+            highest = models[thresholds.index(max(thresholds))].meta
+            self.meta |= {key: highest.get(key) for key in ("threshold", "threshold_rule")}
 
     def score(self, frames: dict[str, Tensor]) -> Tensor:
         """As one model's."""
