@@ -5,7 +5,8 @@
 
 In: a task (`env.train`, `env.eval`), a learner (`algorithm`, `actor`), who pays (`reward`), when to stop
 (`runner`). Out, in the run folder: `config.yaml`, `metrics.jsonl` (and TensorBoard), `checkpoints/best`,
-`checkpoints/last`, `summary.json`, `curves.png`, `traces.html`, `scores.png`, `eval.mp4`.
+`checkpoints/last`, `summary.json`, `curves.png`, `traces.html`, `scores.png`, `eval.mp4`, and
+`first_false_positive.mp4` where an evaluation met one.
 
 The best checkpoint is chosen by *learned* success; true success is measured, logged and never used. Ctrl-C
 (at an arm `q` and SIGTERM too, and an arm, camera or mouse that is lost) saves `checkpoints/last`;
@@ -23,6 +24,7 @@ from tqdm import trange
 from common import config
 from common.agents import agent_meta, build_agent
 from common.async_rollout import AsyncRollout, RolloutConfig
+from common.audit import Alarm
 from common.devices import DevicesConfig
 from common.experience import EpisodeStats, Replay, Rollout
 from common.files import gone_if_refused, new_run_dir, save_json
@@ -115,6 +117,18 @@ class Config:
             )
         if not self.reward.use_reward_model and self.reward.env_reward_weight == 0:
             raise ValueError("nobody pays: set reward.use_reward_model, or reward.env_reward_weight to 1")
+
+        if (
+            self.reward.audit is not None
+            and self.reward.audit.action == "lower"
+            and self.runner.async_rollout
+        ):
+            raise ValueError("reward.audit.action lower does not reach an asynchronous rollout; warn or stop")
+
+    @property
+    def can_replay(self) -> bool:
+        """Whether an evaluation can be played once more: in simulation, where nobody records it."""
+        return not self.env.at_an_arm and not self.env.eval.data_collection.enabled
 
     def _check_arm(self) -> None:
         env, reward = self.env, self.reward
@@ -225,7 +239,10 @@ def train_ppo(cfg: Config, run: Run, agent: PPO, envs, client: RewardClient | No
         lengths, bonus = (torch.stack([vars(look)[name] for look in looks]) for name in ("lengths", "bonus"))
         model_reward = pay(cfg.reward, paid, lengths, bonus, done).to(agent.device)
         reward = combine_reward(
-            rollout["env_reward"], model_reward, cfg.reward.env_reward_weight, cfg.reward.reward_weight
+            rollout["env_reward"],
+            model_reward,
+            cfg.reward.env_reward_weight,
+            cfg.reward.reward_weight * run.weight_factor,
         )
         for row in zip(rollout["success"].cpu(), done, learned, verdict, strict=True):
             stats.add(*row)
@@ -296,6 +313,7 @@ def train_sac(cfg: Config, run: Run, agent: SAC, envs, client: RewardClient | No
         action = agent.act(rollout.obs)
         if run.step < algorithm.learning_starts:
             action = torch.rand_like(action) * 2 - 1
+        rollout.weight_factor = run.weight_factor
         rollout.start(action)
         if run.step >= algorithm.learning_starts and replay.ready:
             updates_owed += algorithm.utd * envs.num_envs
@@ -419,7 +437,9 @@ def main() -> None:
         agent = build_agent(*parts, pick_device(cfg.runner.device))
         let_critic_score(eval_envs, agent)
         log = stack.enter_context(RunLog(folder, cfg.runner.logger.logger_backends))
-        run = Run(cfg.runner, folder, agent, agent_meta(*parts), eval_envs, client, log)
+        alarm = Alarm(cfg.reward.audit) if cfg.reward.audit is not None else None
+        film_fps = env.fps if cfg.can_replay and cfg.runner.num_video_episodes else None
+        run = Run(cfg.runner, folder, agent, agent_meta(*parts), eval_envs, client, log, alarm, film_fps)
         if client is not None and not cfg.reward.of_windows:
             log.say(client.threshold_is)
 

@@ -122,7 +122,7 @@ def _rollout(connection: Connection, cfg: RolloutConfig, weights: SharedWeights)
                 joined = {name: torch.cat([b[name] for b in batch]).cpu().numpy() for name in batch[0]}
                 metrics = {}
                 if steps - told_at >= cfg.log_interval:  # rates of fewer episodes would say little
-                    metrics, told_at = rollout.metrics(), steps
+                    metrics, told_at = rollout.metrics() | (client.clock() if client else {}), steps
                 connection.send(("ok", (joined, SEND_EVERY * envs.num_envs, metrics)))
     except (BrokenPipeError, ConnectionResetError):
         pass  # the learner closed its end while a message was on its way

@@ -6,16 +6,26 @@ alone, because on a robot there is nothing else to choose by.
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from common.audit import frame_rates
 from common.envs import Render
 from common.judging import distance_of, hear, judged_inside, look_back, make_audit, make_watch
 from common.reward_client import RewardClient
 from common.trend import LABELS, POSITIVE
 from common.video import Trace
+
+
+class Mistake(NamedTuple):
+    """A frame that was called a success and is none."""
+
+    env: int
+    episode: int  # of that env, in this evaluation
+    step: int  # of that episode, from 1: the frame after so many steps
 
 
 @dataclass
@@ -30,7 +40,9 @@ class Evaluation:
     env_return: np.ndarray  # float: sum of env_reward
     model_return: np.ndarray  # float: sum of what the reward model paid for windows, bonus left out
     progress: np.ndarray  # float: metres closer to success, last step against first; nan without a rule
-    false_positives: int  # frames judged a success that were none
+    # of the M frames that were judged (none: nobody judged, or windows): success_prob, verdict, truth
+    frames: tuple[Tensor, Tensor, Tensor] | None
+    first_mistake: Mistake | None  # the earliest false positive, in env steps
     num_steps: int
     last_frame_only: bool  # reward_mode terminal
     windows: dict[str, float]  # of windows: how their labels compare with the true ones
@@ -47,16 +59,26 @@ class Evaluation:
         }
         if not np.isnan(self.learned).any():
             truth = self.at_end if self.last_frame_only else self.once
-            learned = float(self.learned.mean())
-            out["eval/learned_success"] = learned
+            learned = self.learned > 0
+            out["eval/learned_success"] = float(learned.mean())
             out["eval/score"] = float(self.score.mean())
-            out["eval/hack_gap"] = 100 * (learned - float(truth.mean()))
+            out["eval/hack_gap"] = 100 * (float(learned.mean()) - float(truth.mean()))
+            out["eval/fooled"] = float((learned & ~truth).mean())
+            out["eval/missed"] = float((truth & ~learned).mean())
             out["eval/false_positives_per_1000_steps"] = 1000 * self.false_positives / self.num_steps
+            success_prob, success, frame_truth = self.frames
+            out |= frame_rates("eval", success, success_prob, frame_truth)
         if not np.isnan(self.model_return).any():
             out["eval/model_return"] = float(self.model_return.mean())
             if self.model_return.std() > 0 and self.progress.std() > 0:  # false for nan
                 out["eval/progress_corr"] = float(np.corrcoef(self.model_return, self.progress)[0, 1])
         return out | self.windows
+
+    @property
+    def false_positives(self) -> int:
+        """Frames judged a success that were none."""
+        _, success, truth = self.frames
+        return int((success & ~truth).sum())
 
     @property
     def merit(self) -> tuple[float, float]:
@@ -130,12 +152,13 @@ def _by_episode(
     frames, of_windows = "verdict" in said, "paid" in said
     columns = ("once", "at_end", "learned", "score", "env_return", "model_return", "progress")
     episodes: dict[str, list[float]] = {name: [] for name in columns}
-    false_positives = num_steps = 0
+    judged: list[tuple[Tensor, Tensor, Tensor]] = []
+    mistakes: list[tuple[int, Mistake]] = []  # the first one of each env, after when
+    num_steps = 0
     for env in range(num_envs):
         start = 0
-        for end in table["done"][:, env].nonzero().squeeze(1)[:quota].tolist():
+        for number, end in enumerate(table["done"][:, env].nonzero().squeeze(1)[:quota].tolist()):
             span = slice(start, end + 1)
-            start = end + 1
             truth, distance = table["success"][span, env], table["distance"][span, env]
             row = {"once": bool(truth.any()), "at_end": bool(truth[-1])}
             row |= {"learned": math.nan, "score": math.nan, "model_return": math.nan}
@@ -145,20 +168,53 @@ def _by_episode(
                 verdict, prob = said["verdict"][span, env], said["prob"][span, env]
                 row["learned"] = float(verdict[-1] if last_only else verdict.any())
                 row["score"] = float(prob[-1] if last_only else prob.max())
-                false_positives += int((verdict & ~truth).sum())
+                seen = ~prob.isnan()
+                judged.append((prob[seen], verdict[seen], truth[seen]))
+                wrong = (verdict & ~truth).nonzero().squeeze(1).tolist()
+                if wrong and (not mistakes or mistakes[-1][1].env != env):
+                    mistakes.append((start + wrong[0], Mistake(env, number, wrong[0] + 1)))
             if of_windows:
                 row["model_return"] = float(said["paid"][span].view(len(truth), -1, num_envs)[..., env].sum())
             num_steps += len(truth)
+            start = end + 1
             for name, value in row.items():
                 episodes[name].append(value)
     arrays = {name: np.array(values) for name, values in episodes.items()}
     return Evaluation(
         **arrays,
-        false_positives=false_positives,
+        frames=tuple(torch.cat(column) for column in zip(*judged, strict=True)) if judged else None,
+        first_mistake=min(mistakes)[1] if mistakes else None,
         num_steps=num_steps,
         last_frame_only=last_only,
         windows=windows,
     )
+
+
+@torch.no_grad()
+def replay(envs, agent, client: RewardClient, seed: int, env: int, episode: int) -> Trace:
+    """One episode of the evaluation from `seed` once more, every frame of it rendered and scored.
+
+    Policy and simulation are deterministic, so it is the same episode on a CPU; a GPU's sums may differ in
+    the last digit, and so may its episodes. Episodes before it are stepped through unseen.
+    """
+    obs = envs.reset(seed)
+    here = torch.tensor([env], device=envs.device)
+    number, frames, truth, render = 0, [], [False], torch.zeros(envs.num_envs, dtype=torch.uint8)
+    while True:
+        if number == episode and not frames:
+            frames.append(envs.render(here))
+            render[env] = int(Render.ALWAYS)
+        step = envs.step(agent.act(obs, deterministic=True).clamp(-1, 1).to(envs.device), render)
+        obs, done = step.obs, bool(step.done[env])
+        if number == episode:
+            frames.append(step.frames)
+            truth.append(bool(step.success[env]))
+            if done:
+                break
+        number += done
+    shown = {view: torch.cat([f[view] for f in frames]).cpu() for view in frames[0]}
+    score = client.score({view: shown[view] for view in client.views}).success_prob.numpy()
+    return Trace(shown["main_images"].numpy(), score, np.array(truth), "")
 
 
 @torch.no_grad()

@@ -70,6 +70,7 @@ class Rollout:
         self.inside = judged_inside(envs.spec)
         self.client = None if self.inside else client
         self.weights = (1.0, 0.0) if self.inside else (cfg.env_reward_weight, cfg.reward_weight)
+        self.weight_factor = 1.0  # of reward_weight, for the steps that are paid from here on
         self.num_envs = envs.num_envs
         self.between_episodes = True  # all envs have just begun one
         self.watch = make_watch(cfg, self.client, self.num_envs)
@@ -167,11 +168,9 @@ class Rollout:
         """The steps whose reward can no longer change, in order."""
         while len(self._judged) > self._lag:
             taken = self._judged[0]
-            reward = combine_reward(
-                taken.env_reward,
-                self._model_reward().to(taken.env_reward.device),
-                *self.weights,
-            )
+            env_weight, weight = self.weights
+            model_reward = self._model_reward().to(taken.env_reward.device)
+            reward = combine_reward(taken.env_reward, model_reward, env_weight, weight * self.weight_factor)
             self._judged.popleft()
             yield {**taken.transitions, "reward": reward, "done": taken.done}
 
@@ -206,7 +205,7 @@ class EpisodeStats:
         self._start()
 
     def _start(self) -> None:
-        self.episodes = self.once = self.at_end = self.learned = 0
+        self.episodes = self.once = self.at_end = self.learned = self.fooled = self.missed = 0
         self.model_returns = 0.0
 
     def add(self, success: Tensor, done: Tensor, learned: Tensor, verdict: Tensor) -> None:
@@ -219,7 +218,11 @@ class EpisodeStats:
         self.episodes += int(done.sum())
         self.once += int(self.success_once[done].sum())
         self.at_end += int(success[done].sum())
-        self.learned += int(self.learned_once[done].sum())
+        truth = (success if self.last_frame_only else self.success_once)[done]
+        learned = self.learned_once[done]
+        self.learned += int(learned.sum())
+        self.fooled += int((learned & ~truth).sum())
+        self.missed += int((truth & ~learned).sum())
         self.model_returns += float(self.model_return[done].sum())
         self.success_once[done] = self.learned_once[done] = False
         self.model_return[done] = 0.0
@@ -227,14 +230,16 @@ class EpisodeStats:
     def metrics(self) -> dict[str, float]:
         out = {}
         if self.episodes:
+            out["rollout/num_episodes"] = self.episodes
             out["rollout/true_success_once"] = self.once / self.episodes
             out["rollout/true_success_at_end"] = self.at_end / self.episodes
             if self.of_windows:
                 out["rollout/model_return"] = self.model_returns / self.episodes
             elif self.judged:
-                truth = self.at_end if self.last_frame_only else self.once
                 out["rollout/learned_success"] = self.learned / self.episodes
-                out["rollout/hack_gap"] = 100 * (self.learned - truth) / self.episodes
+                out["rollout/hack_gap"] = 100 * (self.fooled - self.missed) / self.episodes
+                out["rollout/fooled"] = self.fooled / self.episodes
+                out["rollout/missed"] = self.missed / self.episodes
         self._start()
         return out
 

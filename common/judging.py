@@ -12,11 +12,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from common.audit import Audit, TrendAudit
 from common.envs import EnvSpec, Render
 from common.geometry import success_distance
 from common.history import HistoryBuffers, spread
 from common.reward_client import RewardClient, RewardConfig
-from common.rewards import Audit, Decision, Shaping, TrendAudit, Verdicts, WindowVerdicts, worth
+from common.rewards import Decision, Shaping, Verdicts, WindowVerdicts, worth
 from common.trend import trend_labels
 
 DISTANCE = "success_distance"

@@ -49,6 +49,14 @@ _WINDOWS = {
     "label_mass": Tag("mean probability of the three labels together"),
     "model_reward_mean": Tag("mean model_reward of the frames or windows scored"),
 }
+_FRAMES = {
+    "auprc": Tag("area under the precision-recall curve of the frames scored", "auprc", ".3f"),
+    "precision": Tag("share of the frames called a success that are one"),
+    "precision_low": Tag("lower end of its 95 % interval (Wilson)"),
+    "precision_high": Tag("upper end of it"),
+    "num_called": Tag("frames called a success, of which the precision is a share"),
+    "recall": Tag("share of the successes scored that are called one"),
+}
 _EVALUATION = {
     "true_success_once": Tag("share of episodes that truly succeed at any step", "true", ".2f"),
     "true_success_at_end": Tag("share of episodes whose last step is a true success", "at_end", ".2f"),
@@ -62,23 +70,29 @@ _EVALUATION = {
     "model_return": Tag("mean sum of model_reward over an episode, bonus left out", "model_return", ".2f"),
     "progress_corr": Tag("correlation of an episode's model_return with its true progress", "corr", ".2f"),
     **_WINDOWS,
+    **_FRAMES,
     "num_episodes": Tag("episodes measured"),
+    "fooled": Tag("share of episodes that the reward model calls a success and that are none"),
+    "missed": Tag("share of episodes that succeed and that the reward model does not call a success"),
 }
 _EPISODES = {
     "true_success_once": _EVALUATION["true_success_once"],
     "true_success_at_end": Tag("share of episodes whose last step is a true success"),
     "learned_success": _EVALUATION["learned_success"],
     "hack_gap": _EVALUATION["hack_gap"],
+    "fooled": _EVALUATION["fooled"],
+    "missed": _EVALUATION["missed"],
+    "num_episodes": Tag("episodes that ended"),
     "model_return": _EVALUATION["model_return"],
 }
 _VERDICTS = {
     **_WINDOWS,
+    **_FRAMES,
     "false_positives_per_1000_steps": Tag(
         "frames wrongly paid as a success, per 1,000 env steps", "fp", ".1f"
     ),
-    "precision": Tag("share of the frames called a success that are one"),
-    "recall": Tag("share of the successes scored that are called one"),
     "share_of_time": Tag("share of wall time spent waiting for the reward model"),
+    "weight": Tag("what reward.audit has left of reward_weight, as a factor"),
 }
 _UPDATES = {
     "loss": Tag("mean loss of the batches since the last line", "loss", ".4f"),
@@ -112,6 +126,8 @@ _VALIDATION = {
 }
 _RUN = {
     "env_steps_per_s": Tag("env steps per second since the last line, all envs together", "steps/s", ".0f"),
+    "verdict_p50_ms": Tag("ms from sending the reward model a chunk of frames to its scores, median"),
+    "verdict_p99_ms": Tag("the same, 99th percentile"),
     "wall_s": Tag("seconds since this start of the run; on every line of metrics.jsonl"),
 }
 # Tag -> meaning, in the order of the progress line.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from common.audit import Audit, TrendAudit
 from common.buffers import FIELDS, ReplayBuffer, Transitions
 from common.envs import EnvSpec, Render
 from common.episodes import Episode, frame_labels, list_episodes, read_episode, read_frames
@@ -26,7 +27,7 @@ from common.judging import (
 )
 from common.pixels import seen_views, state_dim, to_pixels
 from common.reward_client import RewardClient, RewardConfig
-from common.rewards import Audit, BootstrapType, Shaping, TrendAudit, combine_reward, no_bootstrap
+from common.rewards import BootstrapType, Shaping, combine_reward, no_bootstrap
 from common.runtime import UserError
 
 

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.audit import AuditConfig
 from common.envs import EnvSpec, Render
 from common.episodes import VIEWS, Episode
 from common.link import LinkConfig, ScoreLink
@@ -35,6 +36,7 @@ from common.rewards import Decision, Verdicts, WindowVerdicts
 from common.runtime import UserError
 from common.vlm_api import ApiConfig
 
+NUM_LATENCIES = 10_000  # chunks whose latency is remembered until the next `clock`
 RING_CHUNKS = 16  # chunks of frames that may be on their way to the model before submit waits,
 RING_BYTES = 128 << 20  # and to a worker not more than these, in shared memory, but two chunks in any case
 
@@ -59,6 +61,7 @@ class RewardConfig:
     shaping: Literal["potential"] | None = None
     history_reward_assign: bool = False  # pay a window's reward to each of its steps, not to the last alone
     shuffle_scores: bool = False  # for a control run: each score is swapped for one drawn from those so far
+    audit: AuditConfig | None = None  # an alarm for when the model is fooled; null: none
     verdict_every: int = 1  # env steps of SAC between two asks of the model: larger batches, later verdicts
     # inline, worker, or tcp://host:port of a reward server; auto: worker on the CPU, except for terminal
     placement: str = "auto"
@@ -77,6 +80,8 @@ class RewardConfig:
         if self.shaping is not None:
             self._check_shaping()
         self._check_placement()
+        if self.audit is not None:
+            self._check_audit()
         elsewhere = self.is_oracle or self.linked or self.api is not None
         if self.use_reward_model and not self.model_files and not elsewhere:
             raise ValueError("use_reward_model is on but model.model_path names no checkpoint")
@@ -88,6 +93,17 @@ class RewardConfig:
             )
         if self.history_reward_assign and not self.of_windows:
             raise ValueError("history_reward_assign is for reward_mode history_buffer; frames have no past")
+
+    def _check_audit(self) -> None:
+        if not self.use_reward_model or self.of_windows:
+            raise ValueError(
+                "reward.audit compares verdicts on success with the truth: it wants a reward model of frames"
+            )
+        if self.audit.action == "lower" and (self.env_reward_weight == 0 or self.standalone_realworld):
+            raise ValueError(
+                "reward.audit.action lower leaves nothing to learn from where the model alone pays; "
+                "set env_reward_weight, or choose warn or stop"
+            )
 
     def _check_decision(self) -> None:
         if not 1 <= self.hold_k <= self.hold_n:
@@ -201,11 +217,13 @@ class RewardClient:
         self._parts: list[tuple[dict[str, Tensor], Tensor]] = []  # submitted, short of a chunk
         self._num_waiting = 0
         self._scorer: Child | ScoreLink | None = None  # where the model is, if it is not in this process
-        self._sent: deque[Tensor] = deque()  # keys of each chunk that is there, in order
+        self._sent: deque[tuple[Tensor, float]] = deque()  # keys of each chunk that is there, and since when
         self._done: deque[Verdicts | WindowVerdicts] = deque()
-        self.seconds = 0.0  # spent waiting for the model in this process
         self._scores_so_far: deque[Tensor] = deque(maxlen=10_000)  # of shuffle_scores
         self._shuffle_rng = np.random.default_rng(0)
+        self.seconds = 0.0  # spent waiting for the model in this process, since `clock` was asked
+        self._latencies: deque[float] = deque(maxlen=NUM_LATENCIES)  # s, of each chunk since then
+        self._asked_at = time.perf_counter()
         self._open()
 
     # -- what the loop calls -------------------------------------------------------------------------
@@ -234,6 +252,18 @@ class RewardClient:
         out = list(self._done)
         self._done.clear()
         return [self._shuffled(verdicts) for verdicts in out] if self.cfg.shuffle_scores else out
+
+    def clock(self) -> dict[str, float]:
+        """What the model has cost since the last call: the share of wall time spent waiting for it, and the
+        latency of a chunk of frames, from the moment it is sent until its scores are there."""
+        now = time.perf_counter()
+        out = {"reward/share_of_time": self.seconds / (now - self._asked_at)}
+        if self._latencies:
+            p50, p99 = 1000 * np.percentile(self._latencies, [50, 99])
+            out |= {"time/verdict_p50_ms": float(p50), "time/verdict_p99_ms": float(p99)}
+        self.seconds, self._asked_at = 0.0, now
+        self._latencies.clear()
+        return out
 
     def await_one(self, timeout_s: float) -> None:
         """Return once `receive` has something to hand out, or when the time is up. Inline it has already."""
@@ -376,11 +406,19 @@ class RewardClient:
         self.seconds += time.perf_counter() - start
 
     def _score_chunk(self, frames: dict[str, Tensor], keys: Tensor) -> None:
+        start = time.perf_counter()
         self._done.append(self._judge(keys, self.model.score(frames)))
+        self._latencies.append(time.perf_counter() - start)
 
     def _take_one(self) -> None:
-        scores = torch.as_tensor(self._scorer.receive())
-        self._done.append(self._judge(self._sent.popleft(), scores))
+        scores, there_at = self._answer()
+        keys, sent_at = self._sent.popleft()
+        self._latencies.append(there_at - sent_at)
+        self._done.append(self._judge(keys, scores))
+
+    def _answer(self) -> tuple[Tensor, float]:
+        """The scores of the oldest chunk that was sent, and when they were there, on `perf_counter`."""
+        return torch.as_tensor(self._scorer.receive()), time.perf_counter()
 
     def _collect(self, wait: bool) -> None:
         while self._sent and (wait or self._scorer.has_message()):
@@ -410,8 +448,11 @@ class RewardWorker(RewardClient):
                 )
             self.ring[view][self._next_chunk, : len(keys)] = frame.cpu()
         self.child.send(("score", (self._next_chunk, len(keys))))
-        self._sent.append(keys)
+        self._sent.append((keys, time.perf_counter()))
         self._next_chunk = (self._next_chunk + 1) % self.num_chunks
+
+    def _answer(self) -> tuple[Tensor, float]:
+        return self.child.receive()  # the worker's clock is ours: it is the machine's
 
     def _make_ring(self, frames: dict[str, Tensor]) -> dict[str, Tensor]:
         chunk_bytes = self.chunk_size * sum(f[0].nbytes for f in frames.values())
@@ -466,7 +507,7 @@ class RewardLink(RewardClient):
         while len(self._sent) >= RING_CHUNKS:
             self._take_one()
         self.link.send({view: images.cpu().numpy() for view, images in frames.items()})
-        self._sent.append(keys)
+        self._sent.append((keys, time.perf_counter()))
 
     def await_one(self, timeout_s: float) -> None:
         if self._sent and not self._done:
@@ -509,7 +550,7 @@ def _reward_worker(connection: Connection, model_cfg, api) -> None:
         else:
             chunk, count = content
             scores = model.score({view: frames[chunk, :count] for view, frames in ring.items()})
-            connection.send(("ok", scores))
+            connection.send(("ok", (scores, time.perf_counter())))
 
 
 def _flatten(render: dict, views: tuple[str, ...]) -> dict[str, object]:

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from common.prompts import likeliest
 from common.runtime import UserError
-from common.trend import LABELS, NEGATIVE, POSITIVE
 
 BootstrapType = Literal["standard", "always", "none"]
 
@@ -200,90 +199,3 @@ def add_bootstrap(
     ended = terminated | truncated
     bootstrapped = ended & ~no_bootstrap(terminated, truncated, bootstrap_type)
     return reward + torch.where(bootstrapped, gamma * final_value, 0.0)
-
-
-class Audit:
-    """Counts how the verdicts compare with the truth, frame by frame, since the last `metrics` call."""
-
-    def __init__(self):
-        self._start()
-
-    def _start(self) -> None:
-        self.true_positives = self.false_positives = self.positives = self.scored = self.steps = 0
-        self.reward_sum = 0.0
-
-    def step(self, num_env_steps: int) -> None:
-        self.steps += num_env_steps
-
-    def count(self, verdicts: Verdicts, truth: Tensor) -> None:
-        """truth (M,) bool: what the simulator (or a person) says of the same frames."""
-        success = verdicts.success.cpu()
-        truth = truth.cpu()
-        self.true_positives += int((success & truth).sum())
-        self.false_positives += int((success & ~truth).sum())
-        self.positives += int(truth.sum())
-        self.scored += len(truth)
-        self.reward_sum += float(verdicts.model_reward.sum())
-
-    def metrics(self, group: str = "reward") -> dict[str, float]:
-        """Rates since the last call; precision and recall only where something was there to be found.
-
-        Nothing, and nothing forgotten, while no frame has been scored: episodes may be longer than the time
-        between two calls, and every env step counts once in the rate of false positives.
-        """
-        if not self.scored:
-            return {}
-        out = {
-            f"{group}/false_positives_per_1000_steps": 1000 * self.false_positives / self.steps,
-            f"{group}/model_reward_mean": self.reward_sum / self.scored,
-        }
-        if self.true_positives + self.false_positives:
-            out[f"{group}/precision"] = self.true_positives / (self.true_positives + self.false_positives)
-        if self.positives:
-            out[f"{group}/recall"] = self.true_positives / self.positives
-        self._start()
-        return out
-
-
-class TrendAudit:
-    """Counts how the trend labels of windows compare with the true ones, since the last `metrics` call."""
-
-    def __init__(self):
-        self._start()
-
-    def _start(self) -> None:
-        self.said = torch.zeros(len(LABELS) + 1, dtype=torch.long)  # the last: invalid
-        self.confusion = torch.zeros(len(LABELS), len(LABELS) + 1, dtype=torch.long)  # true, said
-        self.scored, self.reward_sum, self.mass_sum = 0, 0.0, 0.0
-
-    def step(self, num_env_steps: int) -> None:
-        """Rates here are of windows, whatever the number of env steps."""
-
-    def count(self, verdicts: WindowVerdicts, truth: Tensor) -> None:
-        """truth (M,) int64 index into LABELS, -1 where it is not known."""
-        self.scored += len(truth)
-        self.reward_sum += float(verdicts.model_reward.sum())
-        self.mass_sum += float(verdicts.label_prob.sum())
-        said = verdicts.label.cpu() % (len(LABELS) + 1)  # -1, invalid: the last column
-        self.said += said.bincount(minlength=len(self.said))
-        known = truth >= 0
-        cells = truth[known] * self.confusion.shape[1] + said[known]
-        self.confusion += cells.bincount(minlength=self.confusion.numel()).view_as(self.confusion)
-
-    def metrics(self, group: str = "reward") -> dict[str, float]:
-        """Shares of the windows since the last call; those against the truth only where it was known."""
-        if not self.scored:
-            return {}
-        out = {
-            f"{group}/positive_share": int(self.said[POSITIVE]) / self.scored,
-            f"{group}/negative_share": int(self.said[NEGATIVE]) / self.scored,
-            f"{group}/label_mass": self.mass_sum / self.scored,
-            f"{group}/model_reward_mean": self.reward_sum / self.scored,
-        }
-        if known := int(self.confusion.sum()):
-            out[f"{group}/agreement"] = int(self.confusion.diagonal().sum()) / known
-            if called := int(self.confusion[:, POSITIVE].sum()):
-                false = called - int(self.confusion[POSITIVE, POSITIVE])
-                out[f"{group}/false_positive_share"] = false / called
-        self._start()
-        return out

@@ -5,11 +5,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from common.agents import check_same_agent, check_task
+from common.audit import Alarm
 from common.buffers import ReplayBuffer
 from common.checkpoint import load_checkpoint, rng_state, save_checkpoint, set_rng_state
-from common.evaluation import Evaluation, evaluate, record_traces
+from common.evaluation import Evaluation, Mistake, evaluate, record_traces, replay
 from common.log import LoggerConfig, RunLog
 from common.report import plot_learning_curves, plot_scores
+from common.runtime import UserError
 from common.trace_page import save_trace_page
 from common.video import save_video
 
@@ -43,11 +45,22 @@ class Run:
     """The parts of one run, its clock, and what happens every so many env steps."""
 
     def __init__(
-        self, runner: RunnerConfig, folder: Path, agent, agent_meta: dict, envs, client, log: RunLog
+        self,
+        runner: RunnerConfig,
+        folder: Path,
+        agent,
+        agent_meta: dict,
+        envs,
+        client,
+        log: RunLog,
+        alarm: Alarm | None = None,
+        film_fps: int | None = None,
     ):
-        """envs: those for evaluation; agent_meta: what a checkpoint says of the agent (`common.agents`)."""
+        """envs: those for evaluation; agent_meta: what a checkpoint says of the agent (`common.agents`);
+        film_fps: of the video of the first mistake, None where an evaluation cannot be played once more."""
         self.runner, self.folder, self.agent, self.agent_meta = runner, folder, agent, agent_meta
         self.eval_envs, self.client, self.log = envs, client, log
+        self.alarm, self.film_fps = alarm, film_fps
         self.step = 0  # env steps, all envs together
         self.merit: tuple[float, float] | None = None
         self.best_step: int | None = None
@@ -82,10 +95,12 @@ class Run:
             now = time.perf_counter()
             speed = (self.step - self.logged_step) / (now - self.logged_at)
             self.logged_at, self.logged_step = now, self.step
-            share = self.client.seconds / (now - self.start) if self.client is not None else 0.0
             numbers = {f"train/{name}": float(value) for name, value in losses.items()}
-            clock = {"time/env_steps_per_s": speed, "reward/share_of_time": share}
-            self.log.log(self.step, {**numbers, **rollout_metrics(), **clock})
+            clock = {"time/env_steps_per_s": speed} | (self.client.clock() if self.client is not None else {})
+            if self.weight_factor != 1:
+                clock["reward/weight"] = self.weight_factor
+            # an asynchronous rollout has a client of its own, and its clock counts
+            self._log(numbers | clock | rollout_metrics())
         self.owes_evaluation |= self._due(runner.val_check_interval, before, self.step)
         evaluates = self.owes_evaluation and (may_evaluate or not self.running)
         if evaluates:
@@ -95,14 +110,27 @@ class Run:
             self.save("last")
         return evaluates
 
+    def _log(self, metrics: dict[str, float]) -> None:
+        """Log, and let the alarm hear of it. UserError where that is to end the run."""
+        self.log.log(self.step, metrics)
+        message = self.alarm.hear(metrics) if self.alarm is not None else None
+        if message is None:
+            return
+        action = self.alarm.cfg.action
+        if action == "stop" and self.running:
+            raise UserError(f"{message} (action: stop)")
+        if action == "lower":
+            message += f"; reward.reward_weight is multiplied by {self.weight_factor:g} from here on"
+        self.log.say(f"step {self.step:,}: {message}")
+
     def evaluate(self) -> Evaluation:
         """Measure the policy; keep it as `best` if the reward model likes it as well as any before."""
         start = time.perf_counter()
         result = self.judge(self.runner.num_eval_episodes, EVAL_SEED)
-        self.log.log(self.step, result.metrics)
         if self.merit is None or result.merit >= self.merit:
             self.merit, self.best_step = result.merit, self.step
             self.save("best")
+        self._log(result.metrics)
         self.logged_at += time.perf_counter() - start  # not the training's time
         return result
 
@@ -134,7 +162,30 @@ class Run:
             set_rng_state(state["rng"])
 
     def judge(self, num_episodes: int, seed: int) -> Evaluation:
-        return evaluate(self.eval_envs, self.agent, self.client, num_episodes, seed + self.runner.seed)
+        seed += self.runner.seed
+        result = evaluate(self.eval_envs, self.agent, self.client, num_episodes, seed)
+        if result.first_mistake is not None and self.film_fps and not self.film.exists():
+            self._film(seed, result.first_mistake)
+        return result
+
+    @property
+    def weight_factor(self) -> float:
+        """Of `reward_weight`, from here on: below 1 where the alarm has lowered it."""
+        return 1.0 if self.alarm is None else self.alarm.weight
+
+    @property
+    def film(self) -> Path:
+        """Of the episode with the first false positive that an evaluation met."""
+        return self.folder / "first_false_positive.mp4"
+
+    def _film(self, seed: int, mistake: Mistake) -> None:
+        trace = replay(self.eval_envs, self.agent, self.client, seed, mistake.env, mistake.episode)
+        trace.title = f"false positive at step {mistake.step}, after {self.step:,} env steps"
+        save_video([trace], self.client.threshold, self.film, self.film_fps)
+        self.log.say(
+            f"step {self.step:,}: first false positive of an evaluation, at step {mistake.step} of its "
+            f"episode (score {trace.score[mistake.step]:.3f}): {self.film}"
+        )
 
     def load_best(self) -> None:
         state, _ = load_checkpoint(self.folder / "checkpoints" / "best", self.agent.device)

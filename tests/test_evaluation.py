@@ -8,7 +8,7 @@ import pytest
 import torch
 from doubles import CountingEnvs, StillAgent, reward_config, use_fake_model
 
-from common.evaluation import Evaluation, evaluate, record_traces
+from common.evaluation import Evaluation, evaluate, record_traces, replay
 from common.reward_client import RewardClient
 
 # Two envs. Env 0's episodes take 2 steps, env 1's 3; (env, episode, t) of the frames that truly succeed:
@@ -52,8 +52,17 @@ def test_terminal_verdict_is_that_of_the_last_frame(client):
         "eval/learned_success": 0.75,
         "eval/score": pytest.approx(0.575),
         "eval/hack_gap": 25.0,  # of last frames: .75 learned, .5 true
+        "eval/fooled": 0.25,
+        "eval/missed": 0.0,
         "eval/false_positives_per_1000_steps": 100.0,
+        "eval/precision": 2 / 3,
+        "eval/precision_low": pytest.approx(0.2077, abs=1e-4),  # Wilson's, 2 of 3
+        "eval/precision_high": pytest.approx(0.9385, abs=1e-4),
+        "eval/num_called": 3,
+        "eval/recall": 1.0,
+        "eval/auprc": 1.0,  # of four last frames: .9 and .7 true, .6 and .1 false
     }
+    assert result.first_mistake == (0, 1, 2)  # env 0's second episode, after two steps
     assert result.merit == (0.75, pytest.approx(0.575))
 
 
@@ -64,6 +73,9 @@ def test_per_step_verdict_is_that_of_any_frame(client):
     np.testing.assert_allclose(result.score, [0.9, 0.8, 0.7, 0.5], rtol=1e-6)
     assert result.metrics["eval/hack_gap"] == 25.0  # of any frame: 1 learned, .75 true
     assert result.false_positives == 2
+    # both are fooled at the same env step, the fourth: env 0 at (0, 1, 2), env 1 at (1, 1, 1)
+    assert result.first_mistake == (0, 1, 2)
+    assert result.metrics["eval/num_called"] == 5
     assert result.metrics["eval/false_positives_per_1000_steps"] == 200.0
 
 
@@ -119,7 +131,8 @@ def test_merit_never_reads_the_truth():
         model_return=np.full(2, np.nan),
         progress=np.full(2, np.nan),
         windows={},
-        false_positives=0,
+        frames=(torch.tensor([0.9, 0.1]), torch.tensor([True, False]), torch.tensor([True, True])),
+        first_mistake=None,
         num_steps=2,
         last_frame_only=True,
     )
@@ -167,3 +180,20 @@ def test_more_traces_than_envs_take_more_rounds_and_fewer_render_fewer(client):
 def test_traces_without_a_reward_model_have_no_scores():
     (trace,) = record_traces(envs(), StillAgent(), None, num_episodes=1, seed=3)
     assert all(math.isnan(prob) for prob in trace.score)
+
+
+# ----------------------------------------------------------------------------------------------------
+# A mistake, once more
+
+
+@terminal
+@pytest.mark.parametrize(
+    ("env", "episode", "scores"), [(0, 1, [0.99, 0.8, 0.6]), (1, 0, [0.99, 0.1, 0.1, 0.7])]
+)
+def test_a_replay_shows_one_episode_and_draws_nothing_else(client, env, episode, scores):
+    counted = envs()
+    trace = replay(counted, StillAgent(), client, 5, env, episode)
+    assert counted.seeds == [5]
+    np.testing.assert_allclose(trace.score, scores, rtol=1e-6)
+    assert trace.truth.tolist() == [(env, episode, t) in SUCCESSES for t in range(len(scores))]
+    assert counted.rendered == len(scores)

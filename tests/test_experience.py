@@ -9,6 +9,7 @@ from torch import Tensor, tensor
 import rl_train
 from common.agents import build_agent
 from common.async_rollout import SharedWeights
+from common.audit import Audit
 from common.buffers import FIELDS, ReplayBuffer, Transitions
 from common.episodes import write_episode
 from common.experience import EpisodeStats, Replay, Rollout
@@ -16,7 +17,6 @@ from common.nets import ActorModelConfig, OptimConfig
 from common.ppo import PPOConfig
 from common.prior import Prior, prior_buffer
 from common.reward_client import RewardClient, RewardConfig
-from common.rewards import Audit
 from common.run import RunnerConfig
 from common.runtime import UserError
 from common.sac import SACConfig
@@ -110,7 +110,8 @@ def test_without_a_reward_model_the_env_pays_at_once():
     rollout.reset(0)
     assert told(step_once(rollout)) == [((0, 0, 0), (0, 0, 1), 1.0), ((1, 0, 0), (1, 0, 1), 101.0)]
     assert envs.rendered == 0
-    assert rollout.metrics() == {"rollout/true_success_once": 0.0, "rollout/true_success_at_end": 0.0}
+    episodes = {"true_success_once": 0.0, "true_success_at_end": 0.0, "num_episodes": 1}
+    assert rollout.metrics() == {f"rollout/{name}": value for name, value in episodes.items()}
 
 
 @pytest.mark.parametrize(
@@ -143,6 +144,8 @@ def test_verdicts_are_compared_with_the_truth_of_the_same_frame():
     assert metrics["rollout/learned_success"] == 2 / 3
     assert metrics["rollout/hack_gap"] == 0
     assert metrics["reward/precision"] == metrics["reward/recall"] == 1 / 2
+    assert (metrics["rollout/fooled"], metrics["rollout/missed"]) == (1 / 3, 1 / 3)
+    assert metrics["reward/auprc"] == pytest.approx((1 + 2 / 3) / 2)  # ranked: true, false, true
 
 
 @pytest.mark.parametrize(("mode", "learned", "gap"), [("terminal", 0.0, -100.0), ("per_step", 1.0, 0.0)])
@@ -181,7 +184,7 @@ class FakeRun:
 
     def __init__(self, cfg: rl_train.Config, evaluate_at: tuple[int, ...] = ()):
         self.cfg, self.evaluate_at, self.step, self.client = cfg, evaluate_at, 0, None
-        self.eval_envs, self.buffer = CountingEnvs([[1]]), None
+        self.eval_envs, self.buffer, self.weight_factor = CountingEnvs([[1]]), None, 1.0
         self.idle_at_evaluation, self.logged = [], []
 
     @property
@@ -276,9 +279,15 @@ def test_ppo_counts_verdicts_and_episodes_across_rollouts():
         "rollout/true_success_at_end": 0.0,
         "rollout/learned_success": 1.0,
         "rollout/hack_gap": 100.0,
+        "rollout/fooled": 1.0,
+        "rollout/missed": 0.0,
+        "rollout/num_episodes": 1,
         "reward/false_positives_per_1000_steps": 250.0,  # of 4 steps, those before the verdict included
         "reward/model_reward_mean": pytest.approx(0.8),
         "reward/precision": 0.0,
+        "reward/precision_low": 0.0,
+        "reward/precision_high": pytest.approx(3.8415 / 4.8415, abs=1e-4),  # z^2 / (1 + z^2), z = 1.96
+        "reward/num_called": 1,
     }
 
 

@@ -260,3 +260,16 @@ def test_only_the_frames_to_be_scored_are_rendered():
     assert RewardConfig().render == Render.NONE
     assert reward_config(reward_mode="terminal").render == Render.IF_DONE
     assert reward_config(reward_mode="per_step").render == Render.ALWAYS
+
+
+@pytest.mark.parametrize("placement", ["inline", "worker"])
+def test_the_clock_tells_what_the_model_costs_since_it_was_asked_last(monkeypatch, placement):
+    use_fake_model(monkeypatch)
+    with make_reward_client(reward_config(placement=placement)) as client:
+        assert "time/verdict_p50_ms" not in client.clock()
+        client.score({"main_images": torch.zeros(7, 8, 8, 3, dtype=torch.uint8)})  # three chunks
+        assert len(client._latencies) == 3
+        cost = client.clock()
+        assert 0 < cost["time/verdict_p50_ms"] <= cost["time/verdict_p99_ms"] < 5000
+        assert 0 < cost["reward/share_of_time"] <= 1
+        assert client.clock().keys() == {"reward/share_of_time"}

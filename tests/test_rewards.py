@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from torch import Tensor, tensor
+from torch import tensor
 
-from common.rewards import Audit, Verdicts, add_bootstrap, combine_reward, no_bootstrap
+from common.rewards import Verdicts, add_bootstrap, combine_reward, no_bootstrap
 
 NAN, INF = math.nan, math.inf
 
@@ -96,51 +96,3 @@ def test_final_value_is_read_at_ends_only():
     final_value = tensor([NAN, NAN, 30.0, NAN])
     paid = add_bootstrap(torch.zeros(4), final_value, TERMINATED, TRUNCATED, 0.5, "standard")
     assert paid.equal(tensor([0.0, 0.0, 15.0, 0.0]))
-
-
-# ----------------------------------------------------------------------------------------------------
-# Verdicts against the truth
-
-
-def audit_of(prob: list[float], truth: Tensor, steps: int) -> Audit:
-    audit = Audit()
-    audit.step(steps)
-    audit.count(judge(prob, 0.5), truth)
-    return audit
-
-
-def test_audit_counts_each_kind_of_verdict():
-    # true positive, two false positives, a missed success, two rightly refused
-    audit = audit_of([0.75, 1.0, 0.5, 0.0, 0.25, 0.25], tensor([True, False, False, True, False, False]), 50)
-    assert audit.metrics() == {
-        "reward/false_positives_per_1000_steps": 40.0,
-        "reward/model_reward_mean": 2.25 / 6,
-        "reward/precision": 1 / 3,
-        "reward/recall": 1 / 2,
-    }
-
-
-def test_audit_adds_up_and_starts_anew():
-    audit = audit_of([1.0], tensor([True]), 10)
-    audit.step(10)
-    audit.count(judge([1.0, 1.0], 0.5), tensor([True, False]))
-    assert audit.metrics("prior")["prior/precision"] == 2 / 3
-    assert audit.metrics() == {}
-
-
-def test_audit_has_no_rate_of_what_never_came():
-    """Precision of no claim and recall of no success would be 0/0."""
-    assert set(audit_of([0.0], tensor([False]), 5).metrics()) == {
-        "reward/false_positives_per_1000_steps",
-        "reward/model_reward_mean",
-    }
-
-
-def test_steps_before_the_first_verdict_count_too():
-    """Regression: asked more often than episodes end, the rate was that of the lucky intervals alone."""
-    audit = Audit()
-    audit.step(30)
-    assert audit.metrics() == {}
-    audit.step(10)
-    audit.count(judge([1.0], 0.5), tensor([False]))
-    assert audit.metrics()["reward/false_positives_per_1000_steps"] == 1000 / 40

@@ -160,7 +160,7 @@ def test_demo(made, tmp_path):
     made_files = {path.name for path in folder.iterdir()}
     files = {"config.yaml", "metrics.jsonl", "summary.json"}
     files |= {"curves.png", "traces.html", "scores.png", "eval.mp4"}
-    assert made_files == files | {"checkpoints", "tensorboard"}
+    assert made_files - {"first_false_positive.mp4"} == files | {"checkpoints", "tensorboard"}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]  # nothing anywhere else
 
     log = rows(folder)
@@ -170,6 +170,7 @@ def test_demo(made, tmp_path):
             assert f"{group}/{name}" in tags
     for tag in ("rollout/true_success_once", "rollout/learned_success", "train/q", "time/env_steps_per_s"):
         assert tag in tags
+    assert {"rollout/fooled", "eval/missed", "reward/share_of_time", "time/verdict_p99_ms"} <= tags
     assert [row["step"] for row in log if "eval/learned_success" in row] == [24, 48]
     assert [row["step"] for row in log if "train/q" in row] == [12, 24, 36, 48]
 
@@ -289,6 +290,41 @@ def test_a_run_goes_on_from_last_and_best_can_be_evaluated_alone(made, run_here,
     measured = ("true_success_once", "learned_success", "score", "return")
     assert {k: summary(alone)[k] for k in measured} == {k: summary(first)[k] for k in measured}
     assert not (alone / "checkpoints").exists()
+
+
+# ----------------------------------------------------------------------------------------------------
+# The alarm
+
+
+def fooled(made: Made, folder: Path, *changes: str) -> list[str]:
+    """A run whose reward model likes everything, while nothing succeeds."""
+    audit = "reward.audit={max_hack_gap: 5, min_episodes: 4}"
+    return demo(made, folder, "reward.reward_threshold=0.0", "runner.max_steps=96", audit, *changes)
+
+
+def test_an_alarm_that_stops_saves_last_and_says_why(made, run_here, tmp_path, capsys):
+    message = "is fooled: of the last 4 episodes of training it calls 4 a success that are none"
+    with pytest.raises(UserError, match=message):
+        run_here(fooled(made, tmp_path / "run", "reward.audit.action=stop"))
+    step = load_checkpoint(tmp_path / "run" / "checkpoints" / "last")[1]["step"]
+    assert 48 <= step < 96
+    assert f"stopped at step {step}; go on with runner.resume_dir=" in capsys.readouterr().out
+
+
+def test_an_alarm_that_lowers_pays_less_of_the_learned_reward(made, run_here, tmp_path, capsys):
+    changes = ("reward.audit.action=lower", "reward.env_reward_weight=1e-9", "runner.num_video_episodes=1")
+    run_here(fooled(made, tmp_path / "run", *changes, "reward.audit.lower_by=0"))
+    out = capsys.readouterr().out
+    assert "reward.reward_weight is multiplied by 0 from here on" in out
+    assert out.count("first false positive of an evaluation, at step 12 of its episode") == 1
+    assert (tmp_path / "run" / "first_false_positive.mp4").stat().st_size > 1000
+    assert {"eval/precision_high", "reward/num_called"} <= set().union(*rows(tmp_path / "run"))
+    weights = [row["reward/weight"] for row in rows(tmp_path / "run") if "reward/weight" in row]
+    assert weights
+    assert set(weights) == {0.0}
+    paid = load_checkpoint(tmp_path / "run" / "checkpoints" / "last")[0]["buffer"]["reward"] > 1e-6
+    assert paid[:48].sum() == 4
+    assert paid[-24:].sum() == 0  # two more episodes ended there
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from test_experience import CPU, FakeRun, Recorder, step_once, write
 from torch import tensor
 
 import rl_train
+from common.audit import TrendAudit
 from common.evaluation import evaluate, record_traces
 from common.experience import Rollout
 from common.geometry import success_distance
@@ -17,7 +18,7 @@ from common.ppo import PPOConfig
 from common.prior import prior_buffer
 from common.reward_client import RewardClient
 from common.reward_models import HistoryOracle, HistoryOracleConfig
-from common.rewards import TrendAudit, WindowVerdicts
+from common.rewards import WindowVerdicts
 from common.run import RunnerConfig
 from common.runtime import UserError
 
@@ -114,6 +115,7 @@ def test_rollout_metrics_of_windows():
         "rollout/true_success_once": 0.0,
         "rollout/true_success_at_end": 0.0,
         "rollout/model_return": 1.0,
+        "rollout/num_episodes": 1,
         "reward/positive_share": 0.5,
         "reward/negative_share": 0.25,
         "reward/label_mass": 1.0,
