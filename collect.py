@@ -5,6 +5,7 @@
     python collect.py --view DIR [--model CHECKPOINT]                 (look at recorded episodes)
     python collect.py configs/realworld_collect_dataset.yaml          (label frames with keys)
     python collect.py configs/realworld_collect_fixed_pose.yaml       (episodes that end at a target pose)
+    python collect.py --review RUN/hard                               (label what a reward model got wrong)
 
 In: a task (`env.eval`), a stop rule (`runner`); in simulation a weighted mix of policies (`policies`), at an
 arm the operator's devices (`devices`).
@@ -20,6 +21,9 @@ those in DIR by the cameras of the config and writes them anew: cameras can be t
 `--view` writes `DIR/traces.html`, a page for the browser: the video of each episode and, on one time line,
 what was true; with `--model` also what a reward model's checkpoint says, false positives first. It shows 40
 episodes at most (`--episodes N`).
+
+`--review` shows the frames that `rl_train.py` kept (`reward.keep_hard`) one by one; keys say what is true.
+Then `preprocess_resnet.py --add RUN/hard` makes training data of them.
 """
 
 import argparse
@@ -39,11 +43,13 @@ from common.envs import SIM_STATE, EnvSpec
 from common.episodes import EpisodeWriter, list_episodes, read_episode
 from common.files import new_run_dir, save_json
 from common.franka_config import FrankaConfig
+from common.keyboards import Keyboard
 from common.labelling import FrameFacts, FrameStore, progress_line, write_payloads
 from common.log import LoggerConfig
 from common.policy_mix import CheckpointPolicy, Mix, RandomPolicy, ScriptedPolicy
 from common.recorded import save_recorded_page
 from common.rerender import render_episodes
+from common.review import review
 from common.robot_envs import RobotEnvs, need_camera, render_facts
 from common.runtime import UserError, run_script, seed_everything, set_threads
 from common.scenes import VIEWS, EnvConfig
@@ -331,17 +337,28 @@ def print_table(summary: dict, folder: Path) -> None:
     )
 
 
+def take_folder(argv: list[str], option: str) -> Path | None:
+    """The folder after `option`, both taken out of argv; None where it is not there."""
+    if option not in argv:
+        return None
+    at = argv.index(option)
+    if at + 1 == len(argv):
+        raise UserError(f"{option} wants a folder of episodes")
+    _, folder = argv[at : at + 2]
+    argv[at : at + 2] = []
+    return Path(folder)
+
+
 def main() -> None:
-    argv, source = sys.argv[1:], None
+    argv = sys.argv[1:]
     if "--view" in argv:
         set_threads(1)
         return view(argv)
-    if "--render-from" in argv:
-        at = argv.index("--render-from")
-        if at + 1 == len(argv):
-            raise UserError("--render-from wants the folder of the episodes to draw")
-        source = Path(argv[at + 1])
-        argv[at : at + 2] = []
+    if (folder := take_folder(argv, "--review")) is not None:
+        with Keyboard() as keyboard:
+            review(folder, keyboard)
+        return
+    source = take_folder(argv, "--render-from")
     cfg = config.load(Config, argv, description=__doc__)
     set_threads(1)
     seed_everything(cfg.runner.seed)

@@ -41,7 +41,7 @@ from common.run import Run, RunnerConfig
 from common.runtime import UserError, pick_device, run_script, seed_everything, set_threads, versions
 from common.sac import SAC, SACConfig
 from common.scenes import EnvConfig
-from common.worlds import open_arm, open_simulation
+from common.worlds import keep_hard, open_arm, open_simulation
 from common.wrappers import EpisodeRecorder
 
 PUBLISH_EVERY = 10  # updates between two handings of fresh weights to an asynchronous rollout
@@ -117,12 +117,10 @@ class Config:
             )
         if not self.reward.use_reward_model and self.reward.env_reward_weight == 0:
             raise ValueError("nobody pays: set reward.use_reward_model, or reward.env_reward_weight to 1")
-
-        if (
-            self.reward.audit is not None
-            and self.reward.audit.action == "lower"
-            and self.runner.async_rollout
-        ):
+        if self.runner.async_rollout and self.reward.keep_hard:
+            raise ValueError("reward.keep_hard goes without runner.async_rollout: set one of them off")
+        audit = self.reward.audit
+        if audit is not None and audit.action == "lower" and self.runner.async_rollout:
             raise ValueError("reward.audit.action lower does not reach an asynchronous rollout; warn or stop")
 
     @property
@@ -211,7 +209,7 @@ def train_ppo(cfg: Config, run: Run, agent: PPO, envs, client: RewardClient | No
     shaping = make_shaping(cfg.reward, algorithm.gamma, watch.num_slots)
     obs = envs.reset(cfg.runner.seed + run.step)
     while run.running:
-        steps, looks = [], []
+        steps, looks, infos = [], [], []
         for t in range(algorithm.num_steps):
             action, logprob, value = agent.act_with_value(obs)
             step = envs.step(action.clamp(-1, 1).to(envs.device), watch.render())
@@ -219,7 +217,9 @@ def train_ppo(cfg: Config, run: Run, agent: PPO, envs, client: RewardClient | No
             looks.append(watch.look(step.frames, step.frame_ids, step.success, step.done, distance))
             if client is not None:
                 client.submit(looks[-1].data, t * watch.num_slots + looks[-1].slots)
-            looks[-1].data = {}
+            if run.hard is None:
+                looks[-1].data = {}
+            infos.append(step.info)
             steps.append({"obs": obs, "action": action, "logprob": logprob, "value": value, **step.arrays})
             obs = step.obs
         rollout = {
@@ -234,6 +234,9 @@ def train_ppo(cfg: Config, run: Run, agent: PPO, envs, client: RewardClient | No
         if client is not None:
             heard = hear(client, looks, done, decision, audit)
             paid, verdict, learned = heard.paid, heard.paid, heard.learned
+            if run.hard is not None:
+                for look, *judged in zip(looks, heard.score, learned, infos, done, strict=True):
+                    run.hard.keep(look.data, look.slots, *judged)
         if shaping is not None:
             paid = shaping(heard.score, no_bootstrap(*ends, algorithm.bootstrap_type), done)
         lengths, bonus = (torch.stack([vars(look)[name] for look in looks]) for name in ("lengths", "bonus"))
@@ -306,7 +309,7 @@ def start_sac(cfg: Config, run: Run, agent: SAC, client: RewardClient | None) ->
 def train_sac(cfg: Config, run: Run, agent: SAC, envs, client: RewardClient | None) -> None:
     algorithm, one_arm = cfg.algorithm, cfg.env.at_an_arm
     replay = start_sac(cfg, run, agent, client)
-    rollout = Rollout(envs, client, cfg.reward, algorithm.bootstrap_type, algorithm.gamma)
+    rollout = Rollout(envs, client, cfg.reward, algorithm.bootstrap_type, algorithm.gamma, run.hard)
     rollout.reset(cfg.runner.seed + run.step)
     updates_owed, losses = 0.0, {}
     while run.running:
@@ -446,6 +449,7 @@ def main() -> None:
         if cfg.runner.only_eval:
             run.resume(Path(cfg.runner.resume_dir))
         else:
+            run.hard = keep_hard(cfg.reward, eval_envs.spec, folder, stack)
             learn(cfg, run, agent, client, lambda: let_critic_score(make_train_envs(), agent))
         trained = time.perf_counter()
         summary = run.measure()

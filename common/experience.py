@@ -13,6 +13,7 @@ from torch import Tensor
 
 from common.buffers import FIELDS, ReplayBuffer, Transitions, mix_batches, n_step_returns
 from common.envs import EnvSpec
+from common.hard_frames import HardFrames
 from common.judging import (
     Look,
     distance_of,
@@ -37,6 +38,7 @@ class _Taken:
     env_reward: Tensor  # (N,)
     success: Tensor  # (N,) bool
     done: Tensor  # (N,) bool
+    info: dict[str, Tensor]  # name -> (N,)
     look: Look | None  # None: nobody judges
     verdict: Tensor  # (B * N,) float32, what the verdict on each slot is worth
     paid: Tensor  # (B * N,) float32, what it pays: that, or a difference of potentials
@@ -64,8 +66,10 @@ class Rollout:
         cfg: RewardConfig,
         bootstrap_type: BootstrapType,
         gamma: float | None = None,
+        hard: HardFrames | None = None,
     ):
-        """gamma: the learner's, for `reward.shaping`, which alone needs it."""
+        """gamma: the learner's, for `reward.shaping`, which alone needs it; hard: is shown what the model has
+        judged, to keep what it got wrong."""
         self.envs, self.cfg, self.bootstrap_type = envs, cfg, bootstrap_type
         self.inside = judged_inside(envs.spec)
         self.client = None if self.inside else client
@@ -76,7 +80,7 @@ class Rollout:
         self.watch = make_watch(cfg, self.client, self.num_envs)
         self.decision = None if self.client is None else client.decision(self.num_envs)
         self.shaping = make_shaping(cfg, gamma, self.watch.num_slots)
-        self.audit = make_audit(cfg)
+        self.audit, self.hard = make_audit(cfg), hard
         self.stats = EpisodeStats(self.num_envs, cfg)
         self._fresh: list[_Taken] = []  # since the model was last asked
         self._asked: list[_Taken] = []  # what it was asked then
@@ -116,8 +120,13 @@ class Rollout:
         if self.inside:
             learned, prob = (step.info[name].cpu() for name in ("learned_success", "success_prob"))
             self.audit.count(Verdicts(torch.arange(slots), prob, learned, step.env_reward.cpu()), success)
-        taken = _Taken(transitions, step.env_reward, success, done, look, verdict, verdict, learned)
-        self._fresh.append(taken)
+            if self.hard is not None:
+                self.hard.keep(step.frames, step.frame_ids, prob, learned, step.info, done)
+        self._fresh.append(
+            _Taken(
+                transitions, step.env_reward, success, done, step.info, look, verdict, verdict, learned
+            )
+        )
         if len(self._fresh) >= self.cfg.verdict_every:
             self._ask()
         return iter(list(self._paid()))
@@ -144,7 +153,8 @@ class Rollout:
         for number, taken in enumerate(self._asked):
             keys = number * self.watch.num_slots + taken.look.slots
             self.client.submit(taken.look.data, keys)
-            taken.look.data = {}
+            if self.hard is None:
+                taken.look.data = {}
         self.client.flush()
         if not self.client.busy:  # nothing to wait for
             self._receive()
@@ -160,6 +170,12 @@ class Rollout:
                 paid = self.shaping(heard.score, terminal, done)
             for taken, *row in zip(asked, heard.paid, paid, heard.learned, strict=True):
                 taken.verdict, taken.paid, taken.learned = row
+            if self.hard is not None:
+                for taken, prob in zip(asked, heard.score, strict=True):
+                    self.hard.keep(
+                        taken.look.data, taken.look.slots, prob, taken.learned, taken.info, taken.done
+                    )
+                    taken.look.data = {}
         for taken in asked:
             self.stats.add(taken.success, taken.done, taken.learned, taken.verdict)
         self._judged.extend(asked)

@@ -61,6 +61,8 @@ class RewardConfig:
     shaping: Literal["potential"] | None = None
     history_reward_assign: bool = False  # pay a window's reward to each of its steps, not to the last alone
     shuffle_scores: bool = False  # for a control run: each score is swapped for one drawn from those so far
+    keep_hard: int = 0  # frames that the model gets wrong in training, kept in RUN/hard; 0: none
+    hard_truth: Literal["known", "ask"] = "known"  # ask: the env does not know; collect.py --review will
     audit: AuditConfig | None = None  # an alarm for when the model is fooled; null: none
     verdict_every: int = 1  # env steps of SAC between two asks of the model: larger batches, later verdicts
     # inline, worker, or tcp://host:port of a reward server; auto: worker on the CPU, except for terminal
@@ -82,6 +84,8 @@ class RewardConfig:
         self._check_placement()
         if self.audit is not None:
             self._check_audit()
+        if self.keep_hard < 0 or (self.keep_hard and (not self.use_reward_model or self.of_windows)):
+            raise ValueError("keep_hard is a number of frames, 0 or more, and wants a reward model of frames")
         elsewhere = self.is_oracle or self.linked or self.api is not None
         if self.use_reward_model and not self.model_files and not elsewhere:
             raise ValueError("use_reward_model is on but model.model_path names no checkpoint")

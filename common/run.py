@@ -9,6 +9,7 @@ from common.audit import Alarm
 from common.buffers import ReplayBuffer
 from common.checkpoint import load_checkpoint, rng_state, save_checkpoint, set_rng_state
 from common.evaluation import Evaluation, Mistake, evaluate, record_traces, replay
+from common.hard_frames import HardFrames
 from common.log import LoggerConfig, RunLog
 from common.report import plot_learning_curves, plot_scores
 from common.runtime import UserError
@@ -66,6 +67,7 @@ class Run:
         self.best_step: int | None = None
         self.owes_evaluation = False  # one that was put off
         self.buffer: ReplayBuffer | None = None  # SAC's; saved with `last`
+        self.hard: HardFrames | None = None  # is shown what the reward model judged in training
         self.start = self.logged_at = time.perf_counter()
         self.logged_step = 0
 

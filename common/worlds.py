@@ -7,8 +7,10 @@ from typing import Any, NamedTuple
 
 from common.devices import DevicesConfig
 from common.env_workers import EnvPool
+from common.envs import EnvSpec
 from common.episodes import EpisodeWriter
 from common.franka_config import FrankaConfig
+from common.hard_frames import HardFrames
 from common.pixels import PixelObs
 from common.reward_client import RewardClient, RewardConfig, make_reward_client
 from common.robot_run import open_robot
@@ -69,6 +71,15 @@ def record(envs, data: DataCollectionConfig, folder: Path, stack: ExitStack):
         return envs
     writer = stack.enter_context(EpisodeWriter(data.save_dir or folder / "collected_data"))
     return EpisodeRecorder(envs, data, writer)
+
+
+def keep_hard(cfg: RewardConfig, spec: EnvSpec, folder: Path, stack: ExitStack) -> HardFrames | None:
+    """What keeps the frames that the reward model gets wrong, in `folder`/hard; None where nothing does."""
+    if not cfg.keep_hard:
+        return None
+    facts = {name: vars(spec)[name] for name in ("task", "task_description", "render", "control")}
+    writer = stack.enter_context(EpisodeWriter(folder / "hard"))
+    return HardFrames(writer, cfg.keep_hard, spec.action_dim, facts, knows=cfg.hard_truth == "known")
 
 
 def with_pixels(envs, pixels: int | None):

@@ -185,6 +185,7 @@ class FakeRun:
     def __init__(self, cfg: rl_train.Config, evaluate_at: tuple[int, ...] = ()):
         self.cfg, self.evaluate_at, self.step, self.client = cfg, evaluate_at, 0, None
         self.eval_envs, self.buffer, self.weight_factor = CountingEnvs([[1]]), None, 1.0
+        self.hard = None
         self.idle_at_evaluation, self.logged = [], []
 
     @property

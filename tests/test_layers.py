@@ -30,6 +30,7 @@ LEVELS = [
     # 1 data and pure functions
     [
         "episodes",
+        "hard_frames",
         "payload",
         "frames",
         "trend",
@@ -106,6 +107,7 @@ LEVELS = [
         "robot_envs",
         "scripted_operator",
         "session",
+        "review",
         "live_trace",
     ],
     # 5 parts of an RL run
@@ -131,7 +133,7 @@ WITHIN_LEVEL = {
     "files": {"config", "log", "checkpoint"},
     "declarations": {"config"},
     "yaml_tree": {"config"},
-    "episodes": {"trend", "windows"},
+    "episodes": {"hard_frames", "trend", "windows"},
     "trend": {"prompts", "windows", "rewards", "trend_card", "audit"},
     "rewards": {"audit"},
     "prompts": {"windows", "rewards"},
@@ -176,7 +178,7 @@ WITHIN_LEVEL = {
     "reward_link": {"robot_envs"},
     "robot_envs": {"session"},
     "scripted_operator": {"session"},
-    "session": {"live_trace"},
+    "session": {"review", "live_trace"},
     "agents": {"async_rollout", "run", "policy_mix"},
     "prior": {"experience"},
     "experience": {"async_rollout"},
