@@ -1,6 +1,7 @@
 """Make training data for the ResNet reward model from collected episodes: every frame an image and its label.
 
     python preprocess_resnet.py --raw-data-path logs/x/collected_data --output-dir logs/x/reward_data
+    python preprocess_resnet.py --add logs/rl/hard --output-dir logs/x/reward_data    (more for train.pt)
 
 In:   episodes (*.pkl), ours or RLinf's; format and label rule in common/episodes.py.
 Out:  train.pt and val.pt, both or none; format in common/payload.py. Next: train_resnet.py.
@@ -9,6 +10,9 @@ Episodes are split, never frames: those of one episode look alike. The split is 
 val holds successes whenever two episodes do. Train is cut to `--fail-success-ratio` fails per success. Val
 stays as it is, because precision and false positives mean something only at the prevalence that a policy will
 meet (`--balance-val` cuts it as well, as RLinf does).
+
+`--add` puts further labelled frames, such as those that `rl_train.py` kept because the model got them wrong,
+into train.pt; val.pt is never touched, and no frame of it gets in (common/add_frames.py).
 
 The episodes are read twice, first for their labels, then for the frames chosen: common/preprocessing.py.
 """
@@ -24,6 +28,7 @@ import numpy as np
 from tqdm import tqdm
 
 from common import preprocessing
+from common.add_frames import add_frames
 from common.episodes import VIEWS, frame_labels, list_episodes, read_episode, read_frames
 from common.files import atomic_write, to_json
 from common.payload import PayloadFile
@@ -42,8 +47,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     yes_no = argparse.BooleanOptionalAction
     add = parser.add_argument
-    add(
-        "--raw-data-path", type=Path, required=True, help="folder with episodes, searched with its subfolders"
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--raw-data-path", type=Path, help="folder with episodes, searched with its subfolders")
+    what.add_argument(
+        "--add", type=Path, metavar="DIR", help="folder with episodes to add to OUTPUT_DIR/train.pt"
     )
     add("--output-dir", type=Path, default=Path("logs/processed_reward_data"), help="folder for both files")
     add("--train-output-path", type=Path, help="instead of OUTPUT_DIR/train.pt")
@@ -72,7 +79,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             raise UserError(f"--{name.replace('_', '-')} {vars(args)[name]}: must be {allowed}")
     if args.train_output_path.absolute() == args.val_output_path.absolute():
         raise UserError(f"train and val would both be {args.train_output_path}; give them two names")
-    for path in (args.train_output_path, args.val_output_path):
+    for path in (args.train_output_path, args.val_output_path) if args.add is None else ():
         if path.exists() and not args.overwrite:
             raise UserError(f"{path} exists; add --overwrite to replace it, or choose another --output-dir")
     return args
@@ -310,9 +317,24 @@ def print_table(metadata: dict, num_files: int, args: argparse.Namespace) -> Non
         print(f"skipped {len(metadata['skipped'])} of {num_files} files")
 
 
+def add(args: argparse.Namespace) -> None:
+    """`--add`: the train split grows, or a copy of it does where --train-output-path names one."""
+    train = args.output_dir / "train.pt"
+    found = add_frames(args.add, train, args.val_output_path, args.train_output_path)
+    print(f"{args.train_output_path}: {found.success} success and {found.fail} fail frames added at its end")
+    if found.known:
+        print(f"{found.known} frames were there already")
+    if found.unlabelled:
+        print(f"{found.unlabelled} frames have no label: python collect.py --review {args.add}")
+    for path in found.frozen:
+        print(f"refused: {path} shares a frame with {args.val_output_path}")
+
+
 def main() -> None:
     args = parse_args()
     keep_freed_memory()
+    if args.add is not None:
+        return add(args)
     paths = list_episodes(args.raw_data_path)
     outlines, bad = survey(paths, args)
     before, after = choose_frames(outlines, args)
