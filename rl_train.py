@@ -33,8 +33,9 @@ from common.judging import distance_of, hear, make_audit, make_shaping, make_wat
 from common.log import RunLog
 from common.nets import ActorModelConfig, OptimConfig
 from common.ppo import PPO, PPOConfig
-from common.prior import prior_buffer
+from common.prior import Prior, prior_buffer
 from common.processes import WorkerError
+from common.refresh import Refresher
 from common.reward_client import RewardClient, RewardConfig
 from common.rewards import add_bootstrap, combine_reward, no_bootstrap
 from common.run import Run, RunnerConfig
@@ -117,11 +118,27 @@ class Config:
             )
         if not self.reward.use_reward_model and self.reward.env_reward_weight == 0:
             raise ValueError("nobody pays: set reward.use_reward_model, or reward.env_reward_weight to 1")
+        if self.reward.refresh_every:
+            self._check_refresh()
         if self.runner.async_rollout and self.reward.keep_hard:
             raise ValueError("reward.keep_hard goes without runner.async_rollout: set one of them off")
         audit = self.reward.audit
         if audit is not None and audit.action == "lower" and self.runner.async_rollout:
             raise ValueError("reward.audit.action lower does not reach an asynchronous rollout; warn or stop")
+
+    def _check_refresh(self) -> None:
+        algorithm = self.algorithm
+        if algorithm.name != "sac" or self.runner.async_rollout or self.env.at_an_arm:
+            raise ValueError("reward.refresh_every is for SAC in a simulation, without runner.async_rollout")
+        if algorithm.n_step > 1 or algorithm.imitates:
+            raise ValueError(
+                "reward.refresh_every pays single steps again; algorithm.n_step above 1 and imitation keep "
+                "whole episodes by what they were paid: turn them off"
+            )
+        if self.reward.audit is not None and self.reward.audit.action == "lower":
+            raise ValueError(
+                "reward.refresh_every pays again by one weight, and reward.audit.action lower changes it"
+            )
 
     @property
     def can_replay(self) -> bool:
@@ -275,20 +292,24 @@ def train_ppo(cfg: Config, run: Run, agent: PPO, envs, client: RewardClient | No
 # ----------------------------------------------------------------------------------------------------
 
 
+def relabelled_prior(cfg: Config, run: Run, client: RewardClient | None) -> Prior:
+    """Prior data as the reward model pays it now."""
+    prior = prior_buffer(
+        cfg.algorithm.prior_folders,
+        run.eval_envs.spec,
+        client,
+        cfg.reward,
+        cfg.algorithm.bootstrap_type,
+        run.agent.device,
+        cfg.algorithm.gamma,
+    )
+    run.log.log(run.step, prior.audit.metrics("prior"))
+    return prior
+
+
 def start_sac(cfg: Config, run: Run, agent: SAC, client: RewardClient | None) -> Replay:
     """The replay buffer, prior data relabelled by the reward model (RLPD), and the updates on it alone."""
-    prior = None
-    if cfg.algorithm.prior_folders:
-        prior = prior_buffer(
-            cfg.algorithm.prior_folders,
-            run.eval_envs.spec,
-            client,
-            cfg.reward,
-            cfg.algorithm.bootstrap_type,
-            agent.device,
-            cfg.algorithm.gamma,
-        )
-        run.log.log(run.step, prior.audit.metrics("prior"))
+    prior = relabelled_prior(cfg, run, client) if cfg.algorithm.prior_folders else None
     if cfg.actor.model.norm_obs:
         if prior is None:
             raise UserError(
@@ -309,7 +330,12 @@ def start_sac(cfg: Config, run: Run, agent: SAC, client: RewardClient | None) ->
 def train_sac(cfg: Config, run: Run, agent: SAC, envs, client: RewardClient | None) -> None:
     algorithm, one_arm = cfg.algorithm, cfg.env.at_an_arm
     replay = start_sac(cfg, run, agent, client)
-    rollout = Rollout(envs, client, cfg.reward, algorithm.bootstrap_type, algorithm.gamma, run.hard)
+    refresher = None
+    if cfg.reward.refresh_every:
+        refresher = Refresher(cfg.reward, run.folder, client, run.hard, run.log.say)
+    memory = refresher.memory if refresher is not None else None
+    parts = cfg.reward, algorithm.bootstrap_type, algorithm.gamma, run.hard, memory
+    rollout = Rollout(envs, client, *parts)
     rollout.reset(cfg.runner.seed + run.step)
     updates_owed, losses = 0.0, {}
     while run.running:
@@ -328,9 +354,28 @@ def train_sac(cfg: Config, run: Run, agent: SAC, envs, client: RewardClient | No
             paid += rollout.drain()
         for transitions in paid:
             replay.add(transitions)
+        if refresher is not None and refresher.due(run.step, run.step + envs.num_envs):
+            refresh_reward(cfg, run, refresher, rollout, replay)
         may_evaluate = rollout.between_episodes or not one_arm
         if run.advance(envs.num_envs, losses, rollout.metrics, may_evaluate) and one_arm:
             rollout.reset(None)  # the arm has been elsewhere meanwhile
+
+
+def refresh_reward(cfg: Config, run: Run, refresher: Refresher, rollout: Rollout, replay: Replay) -> None:
+    """A better reward model from here on, and for what it has paid for so far. `best` is chosen anew: the
+    merits of two models do not compare."""
+    for transitions in rollout.drain():  # nothing may be under way to the model
+        replay.add(transitions)
+    if not refresher.refresh(run.step):
+        return
+    client = refresher.client
+    rollout.decision = client.decision(rollout.num_envs)
+    count = refresher.memory.pay_again(replay.online, client, cfg.reward.reward_weight)
+    run.log.say(f"step {run.step:,}: {count} judged frames of the replay buffer are paid anew")
+    if replay.prior is not None:
+        prior = relabelled_prior(cfg, run, client)
+        replay.prior = prior.buffer
+    run.merit = None
 
 
 def train_sac_async(cfg: Config, run: Run, agent: SAC, client: RewardClient | None) -> None:

@@ -10,6 +10,8 @@ at the end, `report/` (the report card: common/frame_report.py) and `summary.jso
 
 `checkpoint/` is the best model so far by validation AUPRC (to four digits), ties decided by lower validation
 loss. Its threshold is chosen on the same frames by `runner.threshold_rule`. A step is an optimizer step.
+Continued from an older checkpoint (`actor.model.model_path`), the run ends with both side by side, on the
+same validation frames and on those that `preprocess_resnet.py --add` brought.
 `--report` writes the card of any checkpoint on any frames; `--help` after it tells its options.
 """
 
@@ -33,7 +35,14 @@ from common.files import new_run_dir, save_json
 from common.frame_report import card_table, write_card
 from common.frames import AugmentConfig, BatchIndices, FrameSet, augment, check_same_cameras, load_frames
 from common.log import LoggerConfig, RunLog
-from common.metrics import ThresholdRule, choose_threshold, score_metrics, threshold_interval
+from common.metrics import (
+    Counts,
+    ThresholdRule,
+    choose_threshold,
+    counts_at,
+    score_metrics,
+    threshold_interval,
+)
 from common.ranks import Ranks
 from common.report import new_report_dir, report_parser
 from common.resnet_reward import ResNetRewardConfig, ResNetRewardModel, load_resnet
@@ -52,9 +61,14 @@ class DataConfig:
     train_data_paths: str | list[str] = "logs/processed_reward_data/train.pt"
     val_data_paths: str | list[str] = "logs/processed_reward_data/val.pt"
     positive_fraction: float | None = 0.5  # of each batch; null: as in the data
+    added_fraction: float = (
+        0.25  # of each batch, frames that preprocess_resnet.py --add brought; 0: as others
+    )
     augment: AugmentConfig = field(default_factory=AugmentConfig)
 
     def __post_init__(self):
+        if not 0 <= self.added_fraction < 1:
+            raise ValueError(f"added_fraction must lie in [0, 1), got {self.added_fraction}")
         if self.positive_fraction is not None and not 0 < self.positive_fraction < 1:
             raise ValueError(f"positive_fraction must be in (0, 1) or null, got {self.positive_fraction}")
 
@@ -127,7 +141,9 @@ def train(cfg: TrainConfig, ranks: Ranks) -> None:
     model = build_model(actor.model, train_set.views, ranks.device)
     learner = ranks.parallel(model)
     optimizer, schedule = build_adamw(model, actor.optim, total_steps)
-    batches = BatchIndices(train_set.labels, cfg.data.positive_fraction, runner.seed)
+    batches = BatchIndices(
+        train_set.labels, cfg.data.positive_fraction, runner.seed, train_set.added, cfg.data.added_fraction
+    )
     torch.manual_seed(runner.seed + ranks.rank)  # dropout and augmentation differ between the ranks
 
     # --- Loop.
@@ -189,6 +205,7 @@ class Judge:
         self.started = time.monotonic()
         self.last_step = 0
         self.best: dict[str, Any] | None = None  # what was saved with the best checkpoint
+        self.older: dict[str, Any] | None = None  # what the checkpoint was worth that this run goes on from
         self.best_merit = (-1.0, -math.inf)  # its AUPRC to four digits, and minus its loss
         self.early_stop = EarlyStop(cfg.runner.early_stop)
 
@@ -201,6 +218,8 @@ class Judge:
         for name, frames in (("train", self.train_set), ("val", self.val_set)):
             height, width = frames.frame_size
             self.log.say(f"{name}: {len(frames)} frames of {height}x{width}, {frames.class_counts}")
+        if self.cfg.actor.model.model_path is not None:
+            self.older = self._measure(self.model)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *exc_info: object) -> None:
@@ -272,6 +291,7 @@ class Judge:
             "val_metrics": card,
             "beats_baselines": report["beats_baselines"],
             "class_counts": self.best["class_counts"],
+            "compared": self._compare(),
             "versions": {
                 "python": platform.python_version(),
                 "torch": torch.__version__,
@@ -281,11 +301,75 @@ class Judge:
         save_json(summary, self.folder / "summary.json")
         self.log.say(f"{card_table(report)}\n{summary['seconds']:.0f} s, {self.last_step} steps")
 
+    def _compare(self) -> dict[str, Any] | None:
+        """The older checkpoint and the best one of this run, printed side by side. None: it began afresh."""
+        if self.older is None:
+            return None
+        best = load_resnet(ResNetRewardConfig(model_path=str(self.folder / "checkpoint")), self.model.device)
+        compared = {"old": self.older, "new": self._measure(best)}
+        self.log.say(comparison(compared))
+        return compared
 
-def score_frames(model: ResNetRewardModel, frames: FrameSet, chunk: int = 1024) -> np.ndarray:
-    """success_prob (len(frames),) by the fused network, as in RL. `chunk`: frames in memory at once."""
+    def _measure(self, model: ResNetRewardModel) -> dict[str, Any]:
+        """At the model's own threshold; of a bare state dict, at the one that the rule chooses."""
+        success_prob, threshold = score_frames(model, self.val_set), model.threshold
+        if threshold is None:
+            threshold = choose_threshold(success_prob, self.val_set.labels, self.cfg.runner.threshold_rule)[0]
+        out = {
+            "threshold": threshold,
+            "val": score_metrics(success_prob, self.val_set.labels, threshold),
+            "val_counts": asdict(counts_at(success_prob, self.val_set.labels, threshold)),
+        }
+        if (where := np.flatnonzero(self.train_set.added)).size:
+            success_prob = score_frames(model, self.train_set, where)
+            out["added_counts"] = asdict(counts_at(success_prob, self.train_set.labels[where], threshold))
+        return out
+
+
+def comparison(compared: dict[str, dict[str, Any]]) -> str:
+    """A table of old and new: on the same validation frames, which neither has learned from, and on the added
+    frames, which the new one has. Intervals are Wilson's, of 95 %."""
+    counts = {name: Counts(**row["val_counts"]) for name, row in compared.items()}
+    success = counts["old"].true_positives + counts["old"].false_negatives
+    fail = counts["old"].false_positives + counts["old"].true_negatives
+    head = f"{'':4} {'threshold':>9} {'AUPRC':>7} {'precision':>21} {'recall':>21} {'FP/1000':>21}"
+    lines = [f"validation: {success} success and {fail} fail frames, the same for both", head]
+    for name, c in counts.items():
+        called = c.true_positives + c.false_positives
+        shown = [_with_interval(c.true_positives, n) for n in (called, success)]
+        shown.append(_with_interval(c.false_positives, fail, per=1000))
+        row = compared[name]
+        cells = " ".join(f"{text:>21}" for text in shown)
+        lines.append(f"{name:4} {row['threshold']:9.3f} {row['val']['auprc']:7.4f} {cells}")
+    for name, row in compared.items():
+        if "added_counts" in row:
+            c = Counts(**row["added_counts"])
+            lines.append(
+                f"{name:4} added frames, learned from by the new one: {c.false_positives} of "
+                f"{c.false_positives + c.true_negatives} failures called a success, {c.false_negatives} of "
+                f"{c.false_negatives + c.true_positives} successes missed"
+            )
+    return "\n".join(lines)
+
+
+def _with_interval(hits: int, trials: int, per: int = 1) -> str:
+    from scipy.stats import binomtest
+
+    if not trials:
+        return "-"
+    low, high = binomtest(hits, trials).proportion_ci(method="wilson")
+    shape = ".3f" if per == 1 else ".1f"
+    return f"{per * hits / trials:{shape}} [{per * low:{shape}}, {per * high:{shape}}]"
+
+
+def score_frames(
+    model: ResNetRewardModel, frames: FrameSet, where: np.ndarray | None = None, chunk: int = 1024
+) -> np.ndarray:
+    """success_prob (n,) by the fused network, as in RL, of the frames at the indices `where` (n,), None: all.
+    `chunk`: frames in memory at once."""
     model.eval()
-    parts = np.array_split(np.arange(len(frames)), math.ceil(len(frames) / chunk))
+    where = np.arange(len(frames)) if where is None else where
+    parts = np.array_split(where, math.ceil(len(where) / chunk))
     return np.concatenate([model.score(frames.by_view(part)).numpy() for part in parts])
 
 

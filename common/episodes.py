@@ -346,6 +346,11 @@ class EpisodeWriter:
         self._waiting.put({**episode, "episode_id": episode_id})
         return episode_id
 
+    def flush(self) -> None:
+        """Return once all that was put is on the disk."""
+        self._waiting.join()
+        self._raise_error()
+
     def close(self) -> None:
         """Write what is waiting, then stop. May be called again."""
         if self._thread.is_alive():
@@ -361,13 +366,13 @@ class EpisodeWriter:
 
     def _write_all(self) -> None:
         while (episode := self._waiting.get()) is not None:
-            if self._error is not None:
-                continue  # keep emptying the queue, or the caller would wait for ever
             try:
-                write_episode(self.folder, episode)
-                self.num_written += 1
+                if self._error is None:  # else keep emptying the queue, or the caller would wait for ever
+                    write_episode(self.folder, episode)
+                    self.num_written += 1
             except Exception as error:  # whatever it is, it belongs to the caller
                 self._error = error
+            self._waiting.task_done()
 
     def _raise_error(self) -> None:
         if self._error is not None:

@@ -25,6 +25,7 @@ from common.judging import (
     pay,
 )
 from common.prior import Prior, as_far_as_paid
+from common.refresh import JudgedFrames
 from common.reward_client import RewardClient, RewardConfig
 from common.rewards import BootstrapType, Verdicts, combine_reward, no_bootstrap
 from common.sac import SACConfig
@@ -67,9 +68,11 @@ class Rollout:
         bootstrap_type: BootstrapType,
         gamma: float | None = None,
         hard: HardFrames | None = None,
+        memory: JudgedFrames | None = None,
     ):
         """gamma: the learner's, for `reward.shaping`, which alone needs it; hard: is shown what the model has
-        judged, to keep what it got wrong."""
+        judged, to keep what it got wrong; memory: keeps the frames of the transitions handed out, to be paid
+        again."""
         self.envs, self.cfg, self.bootstrap_type = envs, cfg, bootstrap_type
         self.inside = judged_inside(envs.spec)
         self.client = None if self.inside else client
@@ -80,7 +83,7 @@ class Rollout:
         self.watch = make_watch(cfg, self.client, self.num_envs)
         self.decision = None if self.client is None else client.decision(self.num_envs)
         self.shaping = make_shaping(cfg, gamma, self.watch.num_slots)
-        self.audit, self.hard = make_audit(cfg), hard
+        self.audit, self.hard, self.memory = make_audit(cfg), hard, memory
         self.stats = EpisodeStats(self.num_envs, cfg)
         self._fresh: list[_Taken] = []  # since the model was last asked
         self._asked: list[_Taken] = []  # what it was asked then
@@ -153,7 +156,7 @@ class Rollout:
         for number, taken in enumerate(self._asked):
             keys = number * self.watch.num_slots + taken.look.slots
             self.client.submit(taken.look.data, keys)
-            if self.hard is None:
+            if self.hard is None and self.memory is None:
                 taken.look.data = {}
         self.client.flush()
         if not self.client.busy:  # nothing to wait for
@@ -175,7 +178,8 @@ class Rollout:
                     self.hard.keep(
                         taken.look.data, taken.look.slots, prob, taken.learned, taken.info, taken.done
                     )
-                    taken.look.data = {}
+                    if self.memory is None:
+                        taken.look.data = {}
         for taken in asked:
             self.stats.add(taken.success, taken.done, taken.learned, taken.verdict)
         self._judged.extend(asked)
@@ -186,7 +190,11 @@ class Rollout:
             taken = self._judged[0]
             env_weight, weight = self.weights
             model_reward = self._model_reward().to(taken.env_reward.device)
-            reward = combine_reward(taken.env_reward, model_reward, env_weight, weight * self.weight_factor)
+            weight *= self.weight_factor
+            reward = combine_reward(taken.env_reward, model_reward, env_weight, weight)
+            if self.memory is not None:
+                self.memory.add(taken.look.data, taken.look.slots, weight * model_reward)
+                taken.look.data = {}
             self._judged.popleft()
             yield {**taken.transitions, "reward": reward, "done": taken.done}
 

@@ -23,6 +23,7 @@ class FrameSet:
     views: list[str]
     render: dict[str, Any] | None  # what the cameras were
     sha256: dict[str, str]  # file -> hash of its content
+    added: np.ndarray  # (len,) bool: brought by preprocess_resnet.py --add
     splits: list[str]  # what the files say they are: train, val, ...
     weight: (
         np.ndarray
@@ -82,12 +83,19 @@ def load_frames(paths: str | list[str]) -> FrameSet:
         views=views[0],
         render=renders[0],
         sha256={path: _sha256(path) for path in paths},
+        added=np.concatenate([_added(file) for file in files]),
         splits=[str(file.metadata.get("split", "unknown")) for file in files],
         weight=np.concatenate([_weights(file) for file in files]),
         episode=_per_frame(files, "frame_episodes", apart=True),
         step=_per_frame(files, "frame_steps"),
         prevalence="; ".join(dict.fromkeys(_prevalence(file) for file in files)),
     )
+
+
+def _added(file: RewardDatasetPayload) -> np.ndarray:
+    """(n,) bool: the last `num_added` frames of the file."""
+    count = len(file.labels)
+    return np.arange(count) >= count - file.metadata.get("num_added", 0)
 
 
 def _weights(file: RewardDatasetPayload) -> np.ndarray:
@@ -160,20 +168,39 @@ class BatchIndices:
     """Endless batches of indices.
 
     Each class (without a fraction: everything) is dealt like a deck of cards, shuffled, used up, shuffled
-    again: no frame comes twice before all others of its class have come once.
+    again: no frame comes twice before all others of its class have come once. Frames that were added later
+    have a deck of their own, so that a few hard ones among thousands are not lost.
     """
 
-    def __init__(self, labels: np.ndarray, positive_fraction: float | None, seed: int):
-        """labels (len,) bool, both classes present; `positive_fraction` of each batch are successes."""
+    def __init__(
+        self,
+        labels: np.ndarray,
+        positive_fraction: float | None,
+        seed: int,
+        added: np.ndarray | None = None,
+        added_fraction: float = 0.0,
+    ):
+        """labels, added (len,) bool, both classes among those not added; `added_fraction` of each batch are
+        added ones, where there are any, and `positive_fraction` of the rest are successes."""
         self.positive_fraction = positive_fraction
         self.rng = np.random.default_rng(seed)
+        apart = np.zeros(len(labels), bool) if added is None or added_fraction == 0 else added
+        self.added_fraction = added_fraction if apart.any() else 0.0
+        self.added_deck = Deck(np.flatnonzero(apart), self.rng)
         if positive_fraction is None:
-            self.decks = [Deck(np.arange(len(labels)), self.rng)]
+            self.decks = [Deck(np.flatnonzero(~apart), self.rng)]
         else:
-            self.decks = [Deck(np.flatnonzero(labels == wanted), self.rng) for wanted in (True, False)]
+            classes = (labels & ~apart, ~labels & ~apart)
+            self.decks = [Deck(np.flatnonzero(those), self.rng) for those in classes]
 
     def draw(self, batch_size: int) -> np.ndarray:
         """(batch_size,) int64; at least one of each class where the classes are balanced."""
+        num_added = min(round(self.added_fraction * batch_size), batch_size - 2)
+        if num_added > 0:
+            return np.concatenate([self.added_deck.deal(num_added), self._draw(batch_size - num_added)])
+        return self._draw(batch_size)
+
+    def _draw(self, batch_size: int) -> np.ndarray:
         if self.positive_fraction is None:
             return self.decks[0].deal(batch_size)
         num_positive = min(max(round(self.positive_fraction * batch_size), 1), batch_size - 1)

@@ -12,7 +12,7 @@ on another machine alike, so all give the same numbers. What is asked of a rewar
 import gc
 import time
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from multiprocessing.connection import wait as wait_for
 from typing import Literal
@@ -63,6 +63,12 @@ class RewardConfig:
     shuffle_scores: bool = False  # for a control run: each score is swapped for one drawn from those so far
     keep_hard: int = 0  # frames that the model gets wrong in training, kept in RUN/hard; 0: none
     hard_truth: Literal["known", "ask"] = "known"  # ask: the env does not know; collect.py --review will
+    # A resnet that learns from its hard frames (keep_hard) during SAC:
+    refresh_every: int = 0  # env steps between two refreshes; 0: never
+    refresh_steps: int = 100  # optimizer steps of each
+    refresh_config: str | None = None  # the YAML of train_resnet.py by which it learned before
+    refresh_data: str | None = None  # folder with the train.pt and val.pt that it learned from
+    refresh_memory: int = 20_000  # judged frames kept to be paid again; 64x64 pixels are 12 kB each
     audit: AuditConfig | None = None  # an alarm for when the model is fooled; null: none
     verdict_every: int = 1  # env steps of SAC between two asks of the model: larger batches, later verdicts
     # inline, worker, or tcp://host:port of a reward server; auto: worker on the CPU, except for terminal
@@ -84,6 +90,8 @@ class RewardConfig:
         self._check_placement()
         if self.audit is not None:
             self._check_audit()
+        if self.refresh_every:
+            self._check_refresh()
         if self.keep_hard < 0 or (self.keep_hard and (not self.use_reward_model or self.of_windows)):
             raise ValueError("keep_hard is a number of frames, 0 or more, and wants a reward model of frames")
         elsewhere = self.is_oracle or self.linked or self.api is not None
@@ -97,6 +105,24 @@ class RewardConfig:
             )
         if self.history_reward_assign and not self.of_windows:
             raise ValueError("history_reward_assign is for reward_mode history_buffer; frames have no past")
+
+    def _check_refresh(self) -> None:
+        if not self.keep_hard or self.hard_truth != "known":
+            raise ValueError("refresh_every learns from keep_hard frames, and from hard_truth: known")
+        if self.refresh_config is None or self.refresh_data is None:
+            raise ValueError(
+                "refresh_every wants refresh_config, a YAML of train_resnet.py, and refresh_data"
+            )
+        if self.linked or not isinstance(self.model, ResNetRewardConfig):
+            raise ValueError("refresh_every is for a resnet in this process or its worker")
+        if not isinstance(self.model.model_path, str):
+            raise ValueError("refresh_every is for one model, not for several that judge as one")
+        if self.hold_n > 1 or self.leave_threshold is not None:
+            raise ValueError(
+                "refresh_every pays frames again one by one: set hold_n to 1 and leave_threshold to null"
+            )
+        if self.refresh_steps < 1 or self.refresh_memory < 1:
+            raise ValueError("refresh_steps and refresh_memory must be at least 1")
 
     def _check_audit(self) -> None:
         if not self.use_reward_model or self.of_windows:
@@ -311,6 +337,13 @@ class RewardClient:
             rows.append(self._scores_so_far[self._shuffle_rng.integers(len(self._scores_so_far))])
         rule = self.parser if windows else self.threshold
         return type(verdicts).judge(verdicts.keys, torch.stack(rows), rule)
+    def swap(self, model_path: str) -> None:
+        """Judge by another checkpoint of the same kind from now on, and by its threshold where that is
+        `auto`. Nothing may be in flight. UserError where it cannot be loaded."""
+        self.check_idle()
+        self.close()
+        self.cfg = replace(self.cfg, model=replace(self.cfg.model, model_path=model_path))
+        self._open()
 
     @property
     def threshold_is(self) -> str:

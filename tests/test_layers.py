@@ -115,6 +115,7 @@ LEVELS = [
     [
         "agents",
         "prior",
+        "refresh",
         "experience",
         "evaluation",
         "recorded",
@@ -182,6 +183,7 @@ WITHIN_LEVEL = {
     "session": {"review", "live_trace"},
     "agents": {"async_rollout", "run", "policy_mix"},
     "prior": {"experience"},
+    "refresh": {"experience"},
     "experience": {"async_rollout"},
     "evaluation": {"recorded", "run"},
     "robot_run": {"worlds"},
