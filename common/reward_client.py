@@ -117,6 +117,8 @@ class RewardConfig:
             raise ValueError("refresh_every is for a resnet in this process or its worker")
         if not isinstance(self.model.model_path, str):
             raise ValueError("refresh_every is for one model, not for several that judge as one")
+        if self.shuffle_scores:
+            raise ValueError("refresh_every learns from what the model says, and shuffle_scores hides that")
         if self.hold_n > 1 or self.leave_threshold is not None:
             raise ValueError(
                 "refresh_every pays frames again one by one: set hold_n to 1 and leave_threshold to null"
@@ -337,6 +339,7 @@ class RewardClient:
             rows.append(self._scores_so_far[self._shuffle_rng.integers(len(self._scores_so_far))])
         rule = self.parser if windows else self.threshold
         return type(verdicts).judge(verdicts.keys, torch.stack(rows), rule)
+
     def swap(self, model_path: str) -> None:
         """Judge by another checkpoint of the same kind from now on, and by its threshold where that is
         `auto`. Nothing may be in flight. UserError where it cannot be loaded."""

@@ -182,7 +182,7 @@ class Run:
 
     def _film(self, seed: int, mistake: Mistake) -> None:
         trace = replay(self.eval_envs, self.agent, self.client, seed, mistake.env, mistake.episode)
-        trace.title = f"false positive at step {mistake.step}, after {self.step:,} env steps"
+        trace.title = f"fooled at env step {self.step:,}"
         save_video([trace], self.client.threshold, self.film, self.film_fps)
         self.log.say(
             f"step {self.step:,}: first false positive of an evaluation, at step {mistake.step} of its "

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -189,6 +190,36 @@ def test_training_continues_from_a_checkpoint(data):
     assert after["loss"] == pytest.approx(before["loss"], abs=0.1)  # batch norms moved, weights did not
     with pytest.raises(UserError, match="trained with arch resnet10, but the config says resnet18"):
         train(folder, *config_of_continuation, "actor.model.arch=resnet18")
+
+
+def test_old_and_new_stand_side_by_side(data, capsys):
+    """Blue squares, which the old model has never seen, are failures among the added frames."""
+    folder, _ = data
+    first = train(folder, "runner.max_steps=40", "runner.val_check_interval=40")
+    payload = RewardDatasetPayload.load(folder / "train.pt")
+    old = load_resnet(ResNetRewardConfig(model_path=str(first / "checkpoint")))
+    blue = [image[..., [0, 2, 1]] for image in payload.images[:6]]  # green becomes blue
+    payload.images += blue
+    payload.labels += [0] * 6
+    payload.metadata["num_added"] = 6
+    payload.save(folder / "more.pt")
+    more = [f"data.train_data_paths={folder / 'more.pt'}", f"runner.logger.log_path={folder / 'second'}"]
+    capsys.readouterr()
+    train(folder, f"actor.model.model_path={first / 'checkpoint'}", *more, "runner.val_check_interval=20")
+    compared = json.loads((folder / "second" / "summary.json").read_text())["compared"]
+    fooled = int((old.score({"main_images": torch.stack(blue)}) >= old.threshold).sum())
+    assert compared["old"]["added_counts"]["false_positives"] == fooled
+    assert compared["old"]["threshold"] == old.threshold
+    assert (
+        compared["new"]["added_counts"]["false_positives"] + compared["new"]["added_counts"]["true_negatives"]
+        == 6
+    )
+    out = capsys.readouterr().out
+    assert "validation: 15 success and 45 fail frames, the same for both" in out
+    assert f"old  added frames, learned from by the new one: {fooled} of 6 failures called a success" in out
+    assert re.search(
+        r"new +0\.\d+ +1\.0000 +1\.000 \[0\.796, 1\.000\] +1\.000 \[0\.796, 1\.000\]", out
+    )  # 15 of 15
 
 
 def test_ctrl_c_leaves_the_best_checkpoint_and_says_so(data, monkeypatch, capsys):
