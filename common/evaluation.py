@@ -213,8 +213,12 @@ def replay(envs, agent, client: RewardClient, seed: int, env: int, episode: int)
                 break
         number += done
     shown = {view: torch.cat([f[view] for f in frames]).cpu() for view in frames[0]}
-    score = client.score({view: shown[view] for view in client.views}).success_prob.numpy()
-    return Trace(shown["main_images"].numpy(), score, np.array(truth), "")
+    pictures = {view: images.numpy() for view, images in shown.items()}
+    unscored = np.full(len(truth), np.nan, np.float32)
+    extra = pictures.get("extra_view_images")
+    trace = Trace(pictures["main_images"], unscored, np.array(truth), "", extra_frames=extra)
+    judge_trace(trace, client, shown, None)
+    return trace
 
 
 @torch.no_grad()

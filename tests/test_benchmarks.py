@@ -6,8 +6,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks import demo_trend, qwen_gpu
+import collect
+import preprocess_resnet
+import rl_train
+import train_resnet
+from benchmarks import demo_trend, qwen_gpu, refresh
 from benchmarks.run import is_met
+from common import config
 from common.files import save_json
 from common.trend_card import trend_metrics
 
@@ -34,6 +39,16 @@ def test_the_trend_demos_table_is_the_readmes(tmp_path, monkeypatch, capsys):
     assert line == "| 3 | 1.000 | 1.000 | 1.000 | 0% | 0.50 / 0.25 | 0.12 | - | - | 1.000 | 61 |"
     readme = next(line for line in (ROOT / "README.md").read_text().splitlines() if "frozen, called" in line)
     assert header.startswith(readme)
+
+
+def test_the_commands_of_the_refresh_benchmark_fit_their_configs():
+    scripts = {"collect.py": collect, "train_resnet.py": train_resnet, "rl_train.py": rl_train}
+    for script, *arguments in refresh.commands("logs/x", 2400):
+        if script in scripts:
+            kind = vars(scripts[script]).get("TrainConfig") or scripts[script].Config
+            config.from_yaml(kind, ROOT / arguments[0], arguments[1:])
+        else:
+            assert preprocess_resnet.parse_args(arguments).output_dir == Path("logs/x/reward_data")
 
 
 def test_the_gpu_rows_on_a_small_shape():
