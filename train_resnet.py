@@ -34,6 +34,7 @@ from common.drift import FrameStatistics
 from common.files import new_run_dir, save_json
 from common.frame_report import card_table, write_card
 from common.frames import AugmentConfig, BatchIndices, FrameSet, augment, check_same_cameras, load_frames
+from common.intervals import wilson_interval
 from common.log import LoggerConfig, RunLog
 from common.metrics import (
     Counts,
@@ -353,11 +354,9 @@ def comparison(compared: dict[str, dict[str, Any]]) -> str:
 
 
 def _with_interval(hits: int, trials: int, per: int = 1) -> str:
-    from scipy.stats import binomtest
-
     if not trials:
         return "-"
-    low, high = binomtest(hits, trials).proportion_ci(method="wilson")
+    low, high = wilson_interval(hits / trials, trials)
     shape = ".3f" if per == 1 else ".1f"
     return f"{per * hits / trials:{shape}} [{per * low:{shape}}, {per * high:{shape}}]"
 

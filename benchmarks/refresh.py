@@ -22,6 +22,7 @@ import torch  # noqa: E402
 from benchmarks.demo import run_stage  # noqa: E402
 from common.episodes import list_episodes, read_episode  # noqa: E402
 from common.files import load_json, save_json  # noqa: E402
+from common.intervals import wilson_interval  # noqa: E402
 from common.metrics import counts_at  # noqa: E402
 from common.resnet_reward import ResNetRewardConfig, load_resnet  # noqa: E402
 from common.runtime import run_script  # noqa: E402
@@ -70,8 +71,6 @@ def commands(folder: str, steps: int) -> list[list[str]]:
 
 def judge(model_path: Path, frames: torch.Tensor, truth: np.ndarray) -> dict:
     """What a checkpoint says of the frozen frames, at its own threshold, with Wilson's 95 % intervals."""
-    from scipy.stats import binomtest
-
     model = load_resnet(ResNetRewardConfig(model_path=str(model_path)))
     counts = counts_at(model.score({"main_images": frames}).numpy(), truth, model.threshold)
     out = {"checkpoint": str(model_path), "threshold": model.threshold}
@@ -79,7 +78,7 @@ def judge(model_path: Path, frames: torch.Tensor, truth: np.ndarray) -> dict:
         ("false_positive_rate", counts.false_positives, int((~truth).sum())),
         ("recall", counts.true_positives, int(truth.sum())),
     ):
-        low, high = binomtest(hits, trials).proportion_ci(method="wilson")
+        low, high = wilson_interval(hits / trials, trials)
         out[name] = {"hits": hits, "of": trials, "rate": hits / trials, "low": low, "high": high}
     return out
 

@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from common.intervals import wilson_interval
 from common.metrics import auprc
 from common.rewards import Verdicts, WindowVerdicts
 from common.trend import LABELS, NEGATIVE, POSITIVE
@@ -26,13 +27,11 @@ def frame_rates(group: str, success: Tensor, success_prob: Tensor, truth: Tensor
     success, truth (M,) bool, success_prob (M,) float. Precision comes with its 95 % interval (Wilson, JASA
     1927) and `num_called`, the frames it is a share of: in training these may be few.
     """
-    from scipy.stats import binomtest  # slow to import, and scripts that judge nothing need not wait for it
-
     called, hits, out = int(success.sum()), int((success & truth).sum()), {}
     if called:
-        interval = binomtest(hits, called).proportion_ci(method="wilson")
         out[f"{group}/precision"] = hits / called
-        out[f"{group}/precision_low"], out[f"{group}/precision_high"] = map(float, interval)
+        low, high = wilson_interval(hits / called, called)
+        out[f"{group}/precision_low"], out[f"{group}/precision_high"] = low, high
         out[f"{group}/num_called"] = called
     if truth.any():
         out[f"{group}/recall"] = hits / int(truth.sum())

@@ -126,9 +126,7 @@ class Rollout:
             if self.hard is not None:
                 self.hard.keep(step.frames, step.frame_ids, prob, learned, step.info, done)
         self._fresh.append(
-            _Taken(
-                transitions, step.env_reward, success, done, step.info, look, verdict, verdict, learned
-            )
+            _Taken(transitions, step.env_reward, success, done, step.info, look, verdict, verdict, learned)
         )
         if len(self._fresh) >= self.cfg.verdict_every:
             self._ask()

@@ -117,8 +117,10 @@ class RewardConfig:
             raise ValueError("refresh_every is for a resnet in this process or its worker")
         if not isinstance(self.model.model_path, str):
             raise ValueError("refresh_every is for one model, not for several that judge as one")
-        if self.shuffle_scores:
-            raise ValueError("refresh_every learns from what the model says, and shuffle_scores hides that")
+        if self.shuffle_scores or self.shaping is not None:
+            raise ValueError("refresh_every pays verdicts again: no shuffle_scores, and no shaping")
+                "refresh_every pays verdicts again: set shuffle_scores to false, shaping to null"
+            )
         if self.hold_n > 1 or self.leave_threshold is not None:
             raise ValueError(
                 "refresh_every pays frames again one by one: set hold_n to 1 and leave_threshold to null"

@@ -68,7 +68,7 @@ def test_precision_comes_with_wilsons_interval():
     """9 of 10, z = 1.96: (p + z^2/2n +- z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n)."""
     success, truth = torch.ones(10, dtype=torch.bool), torch.arange(10) > 0
     rates = frame_rates("eval", success, torch.linspace(0.5, 1, 10), truth)
-    z2 = 1.959964**2
+    z2 = 1.96**2
     spread = math.sqrt(z2) * math.sqrt(0.9 * 0.1 / 10 + z2 / 400)
     low, high = ((0.9 + z2 / 20 + sign * spread) / (1 + z2 / 10) for sign in (-1, 1))
     assert rates["eval/precision_low"] == pytest.approx(low, abs=1e-6)

@@ -142,7 +142,7 @@ WITHIN_LEVEL = {
     "history": {"rewards"},
     "payload": {"add_frames", "frames", "labelling"},
     "windows": {"trend_card"},
-    "intervals": {"baselines", "metrics", "frame_card", "trend_card"},
+    "intervals": {"baselines", "metrics", "audit", "frame_card", "trend_card"},
     "baselines": {"frame_card", "trend_card"},
     "metrics": {"frame_card", "trend_card", "audit"},
     "preprocessing": {"labelling"},
