@@ -118,7 +118,7 @@ class RewardConfig:
         if not isinstance(self.model.model_path, str):
             raise ValueError("refresh_every is for one model, not for several that judge as one")
         if self.shuffle_scores or self.shaping is not None:
-            raise ValueError("refresh_every pays verdicts again: no shuffle_scores, and no shaping")
+            raise ValueError(
                 "refresh_every pays verdicts again: set shuffle_scores to false, shaping to null"
             )
         if self.hold_n > 1 or self.leave_threshold is not None:
