@@ -198,7 +198,8 @@ class Run:
         metrics = self.judge(self.runner.num_final_episodes, FINAL_SEED).metrics
         final = {name.removeprefix("eval/"): value for name, value in metrics.items()}
         self.log.log(self.step, {f"final/{name}": value for name, value in final.items()})
-        threshold = self.client.threshold if self.client is not None else None
+        asks_frames = self.client is not None and not self.client.cfg.of_windows
+        threshold = self.client.threshold if asks_frames else None
         return {**final, "env_steps": self.step, "best_step": self.best_step, "reward_threshold": threshold}
 
     def draw(self, fps: int) -> None:

@@ -1,5 +1,7 @@
 """Who is paid what by a model of windows: rollouts of SAC and PPO, evaluation and prior data, by hand."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -19,7 +21,7 @@ from common.prior import prior_buffer
 from common.reward_client import RewardClient
 from common.reward_models import HistoryOracle, HistoryOracleConfig
 from common.rewards import WindowVerdicts
-from common.run import RunnerConfig
+from common.run import Run, RunnerConfig
 from common.runtime import UserError
 
 # What env 0's frames show after steps 1, 2, ... of an episode: a window of 2 ending at step t is judged by
@@ -140,6 +142,13 @@ def test_ppo_is_paid_for_the_same_windows(assign):
         assert rewards == [[1.0, 2.0, 0.0, -1.0], [0.0, 1.0, 2.0, 1.0]]
     else:
         assert rewards == [[0.0, 1.0, 1.0, -1.0], [0.0, 0.0, 1.0, 1.0]]
+
+
+def test_a_summary_names_no_threshold_of_windows(tmp_path):
+    envs, client, log = CountingEnvs([[5]], pixel=pixels), RewardClient(window_config()), SimpleNamespace()
+    log.log = lambda step, metrics: None
+    run = Run(RunnerConfig(num_final_episodes=1), tmp_path, StillAgent(), {}, envs, client, log)
+    assert run.measure()["reward_threshold"] is None
 
 
 def test_evaluation_and_traces_of_windows():
