@@ -236,6 +236,13 @@ class ManiSkillEnvs:
                 f"env.control_mode {self.cfg.control_mode} of {self.cfg.task} takes actions beyond [-1, 1], "
                 "or of several robots; choose a delta mode, of a task with one robot"
             )
+        parts = getattr(self.env.agent.controller, "action_mapping", {})  # name -> its columns of an action
+        last = action_space.shape[0]
+        if self.cfg.binary_gripper and tuple(parts.get("gripper", ())) != (last - 1, last):
+            raise UserError(
+                f"env.binary_gripper: the last action of {self.cfg.task} under {self.cfg.control_mode} "
+                "moves no gripper; set it to false"
+            )
         if "success" not in info:
             raise UserError(f"task {self.cfg.task} does not say whether it succeeded; choose another")
         scalars = {

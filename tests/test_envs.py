@@ -330,6 +330,15 @@ def test_a_binary_gripper_opens_or_closes_whatever_the_size_of_the_action(pick: 
     assert qpos(-0.2).equal(fully) and qpos(0.1).equal(qpos(1.0)) and qpos(0.0).equal(qpos(1.0))
 
 
+@pytest.mark.parametrize("parts", [{"arm": (0, 4)}, {"gripper": (0, 1), "arm": (1, 4)}])
+def test_a_binary_gripper_needs_a_gripper_at_the_end(pick: ManiSkillEnvs, change, monkeypatch, parts):
+    change(pick, binary_gripper=True)
+    assert pick._describe().control["binary_gripper"]
+    monkeypatch.setattr(pick.env.agent.controller, "action_mapping", parts)
+    with pytest.raises(UserError, match=r"binary_gripper: .* PickCube-v1 under .* moves no gripper"):
+        pick._describe()
+
+
 def test_observe_fine_appends_parts_that_tell_millimetres(pick: ManiSkillEnvs, change, monkeypatch):
     state = pick.reset(3)[0]
     change(pick, observe_fine={"obj_to_goal_pos": (0.03, 0.1)}, observe_time=True)
