@@ -247,6 +247,9 @@ def threshold_is(meta: dict[str, Any], threshold: float) -> str:
         return "set by hand; the model stores none"
     if stored != threshold:
         return f"set by hand; the model's own is {stored:.3f}"
+    if members := meta.get("strictest_of"):  # an ensemble's: the rule was never followed for all of them
+        alone = {key: value for key, value in meta.items() if key != "strictest_of"}
+        return f"the strictest member's of {members}, {threshold_is(alone, threshold)} for it alone"
     if rule is None:
         return "stored with the model"
     ends = rule.get("interval")  # models of before have none

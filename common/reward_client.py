@@ -103,6 +103,11 @@ class RewardConfig:
                 f"reward_mode {self.reward_mode} does not go with model_type {self.model.model_type}, which "
                 f"judges {judges}; history_buffer is for models of windows, and they for it"
             )
+        if self.use_reward_model and self.reward_threshold == "auto" and self._is_mean:
+            raise ValueError(
+                "reward.model.ensemble mean: the members' thresholds are none of the mean of their "
+                "scores; set reward.reward_threshold to a number"
+            )
         if self.history_reward_assign and not self.of_windows:
             raise ValueError("history_reward_assign is for reward_mode history_buffer; frames have no past")
 
@@ -199,6 +204,11 @@ class RewardConfig:
     @property
     def is_oracle(self) -> bool:
         return isinstance(self.model, HistoryOracleConfig)
+
+    @property
+    def _is_mean(self) -> bool:
+        """Whether several classifiers judge by the mean of their scores."""
+        return isinstance(vars(self.model).get("model_path"), list) and self.model.ensemble == "mean"
 
     @property
     def model_files(self) -> dict[str, str]:

@@ -62,7 +62,8 @@ class Ensemble:
     """Several classifiers that answer as one, so that a policy has to find what all of them (`min`), or most
     (`mean`), take for success.
 
-    Its threshold is the highest of theirs. UserError where they know different pictures.
+    By `min` its threshold is the strictest member's, and nothing passes that this member refuses; the mean of
+    scores has none. UserError where they know different pictures.
     """
 
     window = 1
@@ -78,11 +79,11 @@ class Ensemble:
                         f"{key}: {model.meta.get(key)} and {self.meta.get(key)}"
                     )
         thresholds = [model.threshold for model in models]
-        if None in thresholds:
-            self.meta["threshold"] = None
-        else:
-            highest = models[thresholds.index(max(thresholds))].meta
-            self.meta |= {key: highest.get(key) for key in ("threshold", "threshold_rule")}
+        self.meta |= {"threshold": None, "threshold_rule": None}
+        if combine == "min" and None not in thresholds:
+            strictest = models[thresholds.index(max(thresholds))].meta
+            self.meta |= {key: strictest.get(key) for key in ("threshold", "threshold_rule")}
+            self.meta["strictest_of"] = len(models)
 
     def score(self, frames: dict[str, Tensor]) -> Tensor:
         """As one model's."""

@@ -203,9 +203,16 @@ def save_model(folder, seed: int, **meta) -> str:
     torch.manual_seed(seed)
     model = ResNetRewardModel(ResNetRewardConfig(arch="resnet10", image_size=[3, 32, 32]))
     model.backbone.fc.weight.data *= 30  # else a random network says 0.5 to everything
+    rule = {"rule": "rare", "value": 2, "kept": True}
     model.save(
         folder / str(seed),
-        {"threshold": 0.1 * seed, "frame_size": [32, 32], "render": {"fov": 1.0}, **meta},
+        {
+            "threshold": 0.1 * seed,
+            "threshold_rule": rule,
+            "frame_size": [32, 32],
+            "render": {"fov": 1.0},
+            **meta,
+        },
         torch.zeros(1, 32, 32, 3, dtype=torch.uint8),
     )
     return str(folder / str(seed))
@@ -218,11 +225,25 @@ def test_an_ensemble_scores_as_its_members_do(tmp_path, combine, of):
     alone = torch.stack([load_resnet(ResNetRewardConfig(model_path=path)).score(frames) for path in paths])
     assert (alone.std(0) > 0.01).all()  # they do not agree
     section = ResNetRewardConfig(model_path=paths, ensemble=combine)
-    with RewardClient(RewardConfig(True, "per_step", placement="inline", model=section)) as client:
+    threshold = {"min": "auto", "mean": 0.6}[combine]
+    with RewardClient(RewardConfig(True, "per_step", threshold, placement="inline", model=section)) as client:
         verdicts = client.score(frames)
     torch.testing.assert_close(verdicts.success_prob, of(alone))
-    assert client.threshold == pytest.approx(0.7)  # the strictest
+    assert client.threshold == pytest.approx({"min": 0.7, "mean": 0.6}[combine])
+    assert (
+        client.threshold_is.partition(", ")[2]
+        == {
+            "min": "the strictest member's of 3, chosen by rare 2 for it alone",
+            "mean": "set by hand; the model stores none",
+        }[combine]
+    )
     assert client.cfg.model_files["reward.model.model_path.1"] == paths[1]
+
+
+def test_no_threshold_is_one_of_a_mean():
+    section = ResNetRewardConfig(model_path=["a", "b"], ensemble="mean")
+    with pytest.raises(ValueError, match=r"ensemble mean: .* set reward\.reward_threshold to a number"):
+        RewardConfig(True, "per_step", model=section)
 
 
 def test_models_of_other_pictures_do_not_judge_together(tmp_path):
