@@ -52,12 +52,13 @@ class RewardConfig:
     hold_k: int = 1  # a success needs so many votes for it ...
     hold_n: int = 1  # ... among the episode's last so many
     leave_threshold: float | None = None  # once a success, so high a score keeps it one; null: the threshold
-    abstain_band: list[float] | None = None  # [low, high]: scores between them pay nothing and do not vote
+    # [low, high]: scores between them pay nothing (no success, in the audit too) and do not vote
+    abstain_band: list[float] | None = None
     standalone_realworld: bool = False  # at an arm: the verdict pays and ends episodes inside the env ...
     require_in_zone: bool = False  # ... where only frames with the gripper at the target pose vote for it
     use_reward_prob: bool = False  # teleop_eval.py: show the probability beside the verdict
     # potential: on top of the env reward, pay gamma * Phi(s') - Phi(s), Phi being the score (of windows: what
-    # their reward would be), so that a wrong model cannot change what is optimal; null: pay the verdicts
+    # their reward would be), so that a wrong model of frames cannot move the optimum; null: pay the verdicts
     shaping: Literal["potential"] | None = None
     history_reward_assign: bool = False  # pay a window's reward to each of its steps, not to the last alone
     shuffle_scores: bool = False  # for a control run: each score is swapped for one drawn from those so far
@@ -154,14 +155,28 @@ class RewardConfig:
         band = self.abstain_band
         if band is not None and not (len(band) == 2 and 0 <= band[0] < band[1] <= 1):
             raise ValueError(f"abstain_band must be [low, high] with 0 <= low < high <= 1, got {band}")
-        remembers = self.hold_n > 1 or self.leave_threshold is not None or band is not None
-        if remembers and self.reward_mode != "per_step" and not self.standalone_realworld:
+        if band is not None and self.leave_threshold is not None:
+            raise ValueError(
+                "leave_threshold keeps a success at a score at which abstain_band takes it away: set one of "
+                "them to null"
+            )
+        if band is not None and not self.hold_k == self.hold_n > 1:
+            raise ValueError(
+                "abstain_band keeps scores out of the votes that hold_k of hold_n steps cast, so it "
+                f"wants hold_k = hold_n above 1, got {self.hold_k} of {self.hold_n}"
+            )
+        if self._remembers and self.reward_mode != "per_step" and not self.standalone_realworld:
             raise ValueError(
                 "hold_k, hold_n, leave_threshold and abstain_band judge one frame after another, which is "
                 f"reward_mode per_step, not {self.reward_mode}"
             )
         if self.require_in_zone and not self.standalone_realworld:
             raise ValueError("require_in_zone goes with standalone_realworld: true")
+
+    @property
+    def _remembers(self) -> bool:
+        """Whether a verdict depends on the scores before; with an abstain_band it does."""
+        return self.hold_n > 1 or self.leave_threshold is not None
 
     def _check_shaping(self) -> None:
         if not self.use_reward_model or self.standalone_realworld or self.reward_mode == "terminal":
@@ -422,6 +437,7 @@ class RewardClient:
                 f"the reward model {self.cfg.model_name} stores no threshold; "
                 "set reward.reward_threshold to a number"
             )
+        self.decision(1)  # UserError now where its bounds do not fit the threshold
 
     def _check_buffers(self, window: int | None) -> None:
         """UserError where the history buffers do not keep what the model was trained on."""

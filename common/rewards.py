@@ -30,8 +30,8 @@ def reaches(success_prob: Tensor, threshold: float | Tensor) -> Tensor:
 
 
 def worth(success_prob: Tensor, success: Tensor) -> Tensor:
-    """model_reward of frames; a success whose own score never came (nan) is paid nothing."""
-    return torch.where(success, success_prob.nan_to_num(0.0), 0.0)
+    """model_reward of frames."""
+    return torch.where(success, success_prob, 0.0)
 
 
 @dataclass
@@ -70,8 +70,9 @@ class Decision:
 
     A score votes for success where it reaches `threshold`; while the verdict stands, `leave_threshold` is
     enough (hysteresis). The verdict is success where `hold_k` of an env's last `hold_n` votes of this episode
-    are for it. A score in `abstain_band` (low <= score < high) is no success and casts no vote: it pays
-    nothing, and the votes before it stay the last ones. nan, a score that never came, votes against.
+    are for it. A score in `abstain_band` (low <= score < high) is no success, whoever counts, and casts no
+    vote: it pays nothing, and the votes before it stay the last ones. nan, a score that never came, is no
+    success either, and votes against. `RewardConfig` refuses rules by which a higher score is worth less.
 
     With the defaults the verdict is `success_prob >= threshold`, and nothing is remembered. UserError where
     the bounds do not lie around the threshold.
@@ -127,7 +128,7 @@ class Decision:
         vote = reaches(success_prob, needed) & allowed
         self._votes = torch.where(abstains, self._votes, torch.cat([self._votes[1:], vote[None]]))
         self._stands = self._votes.sum(0) >= self.hold_k
-        success = self._stands & ~abstains
+        success = self._stands & ~abstains & ~success_prob.isnan()
         self._votes, self._stands = self._votes & ~done, self._stands & ~done
         return success
 

@@ -46,11 +46,11 @@ def test_without_options_a_score_is_its_own_verdict():
         ({"hold_k": 2, "hold_n": 3}, [0.9, 0.1, 0.9, 0.1, 0.1, 0.9, 0.9], "..S...S"),
         ({"hold_k": 3, "hold_n": 4}, [0.9, 0.1, 0.9, 0.1, 0.1, 0.9, 0.9, 0.1, 0.9], "........S"),
         ({"hold_k": 2, "hold_n": 2}, [0.9, NAN, 0.9, 0.9], "...S"),  # a score that never came
+        ({"hold_k": 2, "hold_n": 3}, [0.9, 0.9, NAN, 0.9, NAN], ".S.S."),
         ({"leave_threshold": 0.3}, [0.4, 0.5, 0.3, 0.4, 0.29, 0.4, 0.6], ".SSS..S"),
         ({"leave_threshold": 0.3}, [0.6, NAN, 0.4], "S.."),
         # while the verdict stands, 0.3 is a vote for it
         ({"hold_k": 2, "hold_n": 2, "leave_threshold": 0.3}, [0.6, 0.4, 0.6, 0.6, 0.4, 0.4, 0.2], "...SSS."),
-        ({"abstain_band": [0.2, 0.8]}, [0.5, 0.79, 0.8, 0.5, 0.1, 0.2], "..S..."),
         # the two votes around an abstention are neighbours
         ({"abstain_band": [0.2, 0.8], "hold_k": 2, "hold_n": 2}, [0.9, 0.5, 0.9, 0.5, 0.9, 0.1], "..S.S."),
     ],
@@ -90,6 +90,29 @@ def test_bounds_that_do_not_fit_the_threshold():
         Decision(0.5, abstain_band=[0.6, 0.8])
 
 
+def test_a_client_says_so_at_once(monkeypatch):
+    use_fake_model(monkeypatch)
+    with pytest.raises(UserError, match=r"leave_threshold 0\.6 lies above the threshold 0\.5"):
+        RewardClient(reward_config(reward_mode="per_step", leave_threshold=0.6))
+
+
+@pytest.mark.parametrize("held", [1, 2, 3])
+@pytest.mark.parametrize("rule", [{}, {"abstain_band": [0.25, 0.75]}])
+def test_a_higher_score_is_never_worth_less(held, rule):
+    """Every sequence of 5 scores below, within and above the band, each score raised in turn."""
+    levels = tensor([0.1, 0.5, 0.9])
+    score = torch.cartesian_prod(*[levels] * 5).T  # (5, 243)
+    never = torch.zeros_like(score, dtype=torch.bool)
+    rule = {**rule, "hold_k": held, "hold_n": held} if rule else {"hold_k": held, "hold_n": 3}
+    said = Decision(0.5, score.shape[1], **rule)(score, never)
+    for t in range(5):
+        for step in (1, 2):
+            higher = score.clone()
+            higher[t] = levels[(torch.searchsorted(levels, score[t].contiguous()) + step).clamp(max=2)]
+            raised = Decision(0.5, score.shape[1], **rule)(higher, never)
+            assert not (said & ~raised).any()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -98,6 +121,12 @@ def test_bounds_that_do_not_fit_the_threshold():
         ({"leave_threshold": 1.5}, r"leave_threshold must lie in \[0, 1\]"),
         ({"abstain_band": [0.8, 0.2]}, "0 <= low < high <= 1"),
         ({"abstain_band": [0.8]}, "0 <= low < high <= 1"),
+        ({"abstain_band": [0.2, 0.8]}, r"abstain_band .* wants hold_k = hold_n above 1, got 1 of 1"),
+        ({"abstain_band": [0.2, 0.8], "hold_k": 2, "hold_n": 3}, "got 2 of 3"),
+        (
+            {"abstain_band": [0.2, 0.8], "hold_k": 2, "hold_n": 2, "leave_threshold": 0.3},
+            "leave_threshold keeps a success at a score at which abstain_band takes it away",
+        ),
     ],
 )
 def test_what_the_config_refuses(changes, message):

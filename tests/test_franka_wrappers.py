@@ -324,6 +324,11 @@ def test_a_late_verdict_is_no_success():
     ]
 
 
+def test_a_late_verdict_ends_no_episode_on_the_votes_before():
+    ended = [step[1:3] for step in judged([0.9, 0.9, None, 0.9], hold_k=2, hold_n=3)]
+    assert ended == [(False, False), (True, True), (False, False), (True, True)]
+
+
 def test_k_of_n_steps_make_a_success():
     probs = [0.9, 0.1, 0.9, 0.1, 0.1, 0.9, 0.9, 0.1, 0.9]
     ended = [step[1] for step in judged(probs, hold_k=3, hold_n=4)]
