@@ -8,9 +8,10 @@ In: a task (`env.train`, `env.eval`), a learner (`algorithm`, `actor`), who pays
 `checkpoints/last`, `summary.json`, `curves.png`, `traces.html`, `scores.png`, `eval.mp4`, and
 `first_false_positive.mp4` where an evaluation met one.
 
-The best checkpoint is chosen by *learned* success; true success is measured, logged and never used. Ctrl-C
-(at an arm `q` and SIGTERM too, and an arm, camera or mouse that is lost) saves `checkpoints/last`;
-`runner.resume_dir=RUN_FOLDER/checkpoints/last` goes on from there in a new folder.
+The best checkpoint is chosen by *learned* success (with `reward.shaping` by the env reward); true success is
+measured, logged and never used. Ctrl-C (at an arm `q` and SIGTERM too, and an arm, camera or mouse that is
+lost) saves `checkpoints/last`; `runner.resume_dir=RUN_FOLDER/checkpoints/last` goes on from there in a new
+folder.
 """
 
 import time
@@ -116,6 +117,8 @@ class Config:
                 "whose sum says nothing of an episode: set imitation_coef and imitation_batch to 0, or "
                 "reward.shaping to null"
             )
+        if self.reward.shaping is not None:
+            self._check_shaping()
         if not self.reward.use_reward_model and self.reward.env_reward_weight == 0:
             raise ValueError("nobody pays: set reward.use_reward_model, or reward.env_reward_weight to 1")
         if self.reward.refresh_every:
@@ -125,6 +128,22 @@ class Config:
         audit = self.reward.audit
         if audit is not None and audit.action == "lower" and self.runner.async_rollout:
             raise ValueError("reward.audit.action lower does not reach an asynchronous rollout; warn or stop")
+
+    def _check_shaping(self) -> None:
+        """The potential is 0 at an episode's first step, and where a fixed horizon ends: see `Shaping`."""
+        algorithm = self.algorithm
+        sees_time = not self.env.at_an_arm and self.env.train.observe_time
+        if not sees_time or algorithm.bootstrap_type != "none":
+            raise ValueError(
+                "reward.shaping moves no optimum only where the policy sees the time and nothing counts "
+                "after the limit, in a simulation: set env.*.observe_time to true and "
+                "algorithm.bootstrap_type to none"
+            )
+        if algorithm.name == "sac" and algorithm.target_clip is not None:
+            raise ValueError(
+                "algorithm.target_clip bounds returns of the env, and reward.shaping lowers them by its "
+                "potential: set one of them to null"
+            )
 
     def _check_refresh(self) -> None:
         algorithm = self.algorithm

@@ -1,7 +1,7 @@
 """How good is the policy really, and how good does the reward model think it is?
 
-Both are measured on the same episodes. The truth is reported; a checkpoint is chosen by the learned verdict
-alone, because on a robot there is nothing else to choose by.
+Both are measured on the same episodes. The truth is reported; a checkpoint is chosen by what was learned
+from: the learned verdict, for on a robot there is nothing else to choose by, or an env reward that is shaped.
 """
 
 import math
@@ -46,6 +46,7 @@ class Evaluation:
     num_steps: int
     last_frame_only: bool  # reward_mode terminal
     windows: dict[str, float]  # of windows: how their labels compare with the true ones
+    shaped: bool = False  # the model's scores only shape the env reward
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -83,7 +84,9 @@ class Evaluation:
     @property
     def merit(self) -> tuple[float, float]:
         """What a checkpoint is chosen by: learned success, then the mean score; of windows, what they paid;
-        never the truth. Without a reward model: the return of the env reward that was learned from."""
+        never the truth. Without a reward model, or one that only shapes: the return of the env reward."""
+        if self.shaped:
+            return float(self.env_return.mean()), 0.0
         if not np.isnan(self.model_return).any():
             return float(self.model_return.mean()), 0.0
         if np.isnan(self.learned).any():
@@ -140,7 +143,9 @@ def evaluate(envs, agent, client: RewardClient | None, num_episodes: int, seed: 
     of_windows = client.cfg.of_windows
     said = {"paid": heard.paid} if of_windows else {"prob": heard.score, "verdict": heard.learned}
     last_only = client.cfg.reward_mode == "terminal"
-    return _by_episode(table, said, quota, last_only, audit.metrics("eval") if of_windows else {})
+    result = _by_episode(table, said, quota, last_only, audit.metrics("eval") if of_windows else {})
+    result.shaped = client.cfg.shaping is not None
+    return result
 
 
 def _by_episode(

@@ -186,6 +186,11 @@ class RewardConfig:
             )
         if self.env_reward_weight == 0:
             raise ValueError("shaping alone has no optimum, it adds to the env reward: set env_reward_weight")
+        if self._remembers:
+            raise ValueError(
+                "hold_k, hold_n, leave_threshold and abstain_band make verdicts, and shaping pays the scores "
+                "themselves: set them to 1, 1, null and null"
+            )
         if self.of_windows:
             extra = (self.history_reward_assign, self.model.interval_reward, self.model.gt_success_bonus)
             if any(extra):

@@ -136,11 +136,14 @@ class Decision:
 class Shaping:
     """gamma * Phi(s') - Phi(s) of N envs, in order of time, Phi being the reward model's score.
 
-    Whatever Phi says, what is optimal for the env reward stays optimal (Ng, Harada and Russell 1999): a wrong
-    model can slow learning down and cannot be exploited, for all it pays in an episode comes to Phi of its
-    ends. So Phi is 0 where the value of the next state does not count (`no_bootstrap`). It is 0 as well of an
-    episode's first state, whose picture nobody draws: a potential may depend on the time (Devlin and Kudenko
-    2012), and no start of a task is a success. A step without a score (nan) leaves Phi as it was.
+    Where Phi is a function of what the learner sees, what is optimal for the env reward stays optimal (Ng,
+    Harada and Russell 1999): a wrong model can slow learning down and cannot be exploited, for all it pays in
+    an episode comes to Phi of its ends. So Phi is 0 where the value of the next state does not count
+    (`no_bootstrap`). It is 0 as well of an episode's first state, whose picture nobody draws. A potential may
+    depend on the time (Devlin and Kudenko 2012), but then the learner has to see the time: to one that does
+    not, a start that comes back later has two potentials, and going back to it pays. `rl_train.py` therefore
+    wants `observe_time`. Of windows Phi depends on the frames before as well, and nothing is guaranteed. A
+    step without a score (nan) leaves Phi as it was.
     """
 
     def __init__(self, gamma: float, num_slots: int):

@@ -146,6 +146,15 @@ def test_merit_never_reads_the_truth():
     assert surer.merit > honest.merit  # equal success: by the mean score
 
 
+def test_with_shaping_the_env_reward_chooses(monkeypatch):
+    """What only shapes is no aim: the same episodes as above, liked by the model for other reasons."""
+    use_fake_model(monkeypatch)
+    shaped = reward_config(reward_mode="per_step", shaping="potential", env_reward_weight=1.0)
+    result = evaluate(envs(), StillAgent(), RewardClient(shaped), num_episodes=4, seed=7)
+    assert result.learned.tolist() == [1, 1, 1, 1]
+    assert result.merit == ((3 + 23 + 306 + 336) / 4, 0.0)
+
+
 @terminal
 def test_evaluation_refuses_a_model_that_owes_verdicts_to_the_rollout(client):
     client.submit({"main_images": torch.zeros(1, 8, 8, 3, dtype=torch.uint8)}, torch.tensor([0]))

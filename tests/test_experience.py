@@ -20,6 +20,7 @@ from common.reward_client import RewardClient, RewardConfig
 from common.run import RunnerConfig
 from common.runtime import UserError
 from common.sac import SACConfig
+from common.scenes import EnvConfig
 
 CPU = torch.device("cpu")
 SPEC = CountingEnvs([[1]]).spec
@@ -224,6 +225,7 @@ def ppo_rollouts(envs: CountingEnvs, num_steps: int, total: int, bootstrap_type=
         algorithm=PPOConfig(num_steps=num_steps, gamma=0.5, bootstrap_type=bootstrap_type),
         reward=reward_config(**reward),
         runner=RunnerConfig(max_steps=total),
+        env=rl_train.EnvSection(train=EnvConfig(observe_time=True)),
     )
     run, agent = FakeRun(cfg), Recorder()
     run.client = RewardClient(cfg.reward)

@@ -1,5 +1,7 @@
 """Potential-based shaping: exact sums, an optimum that no potential moves, and every way it is paid."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from doubles import (
@@ -15,10 +17,12 @@ from torch import Tensor, tensor
 
 import rl_train
 from common.experience import Rollout
+from common.franka_config import FrankaConfig, FrankaTaskConfig
 from common.prior import prior_buffer
 from common.reward_client import RewardClient
-from common.rewards import Shaping
+from common.rewards import Shaping, no_bootstrap
 from common.sac import SACConfig
+from common.scenes import EnvConfig
 
 NAN = float("nan")
 SHAPED = {"shaping": "potential", "env_reward_weight": 1.0, "reward_mode": "per_step"}
@@ -112,6 +116,46 @@ def test_a_wrong_potential_leaves_the_optimum_alone(seed):
     assert moved[visited].argmax(1).equal(q[visited].argmax(1))
     exploited = q_values(data, data["reward"] + phi[data["after"]])
     assert not exploited[visited].argmax(1).equal(q[visited].argmax(1))
+
+
+def one_state(sees_time: bool, bootstrap_type: str, phi: float, weight: float) -> Tensor:
+    """(S, A) Q of the only state there is: staying (action 0) pays 0, exit 1; cut after 4 steps. The states
+    are how many steps have been taken, all one to a learner that does not see the time."""
+    generator, shaping, t = torch.Generator().manual_seed(0), Shaping(GAMMA, 1), 0
+    rows = []
+    for _ in range(4000):
+        action = int(torch.randint(2, (), generator=generator))
+        exits, cut = tensor([[action == 1]]), tensor([[action == 0 and t == 3]])
+        terminal = no_bootstrap(exits, cut, bootstrap_type)
+        paid = float(shaping(tensor([[phi]]), terminal, exits | cut))
+        state, after = (t, t + 1) if sees_time else (0, 0)
+        rows.append((state, action, after, bool(terminal), action + weight * paid))
+        t = 0 if exits or cut else t + 1
+    states, actions, afters, terminals, rewards = (tensor(column) for column in zip(*rows, strict=True))
+    q = torch.zeros(5, 2)
+    for _ in range(200):
+        target = rewards + GAMMA * ~terminals * q.max(1).values[afters]
+        for s in range(5):
+            for a in range(2):
+                if (here := (states == s) & (actions == a)).any():
+                    q[s, a] = target[here].mean()
+    return q
+
+
+def test_a_start_that_comes_back_needs_the_time():
+    """Without it, going back to the start (Phi 0 the first time, 1 then) is paid again and again. A limit
+    that is bootstrapped through ends in a state nobody acts in, whose value lacks its Phi."""
+    blind = one_state(False, "standard", 1.0, 0.0)
+    torch.testing.assert_close(blind[0], tensor([0.9, 1.0]))
+    fooled = one_state(False, "standard", 1.0, 1.0)
+    assert fooled[0, 0] > fooled[0, 1] + 1
+    for phi in (1.0, 5.0):
+        plain, moved = (one_state(True, "none", phi, weight) for weight in (0.0, 1.0))
+        torch.testing.assert_close(plain[:4], tensor([[0.9, 1.0], [0.9, 1.0], [0.9, 1.0], [0.0, 1.0]]))
+        potential = tensor([0.0, phi, phi, phi])
+        torch.testing.assert_close(moved[:4], plain[:4] - potential[:, None])
+    through = one_state(True, "standard", 5.0, 1.0)
+    assert through[3, 0] > through[3, 1]  # plain: 0 and 1
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -210,6 +254,8 @@ def test_a_trend_is_a_potential_too(monkeypatch):
         ({"reward_mode": "terminal"}, "it needs .*reward_mode per_step or history_buffer"),
         ({"standalone_realworld": True}, "standalone_realworld false"),
         ({"env_reward_weight": 0.0}, "set env_reward_weight"),
+        ({"hold_k": 2, "hold_n": 2}, "shaping pays the scores themselves"),
+        ({"leave_threshold": 0.2}, "shaping pays the scores themselves"),
     ],
 )
 def test_what_cannot_be_shaped(changes, message):
@@ -224,6 +270,31 @@ def test_windows_pay_no_extras_beside_the_shaping(model):
 
 
 def test_nobody_imitates_what_was_paid_most_then():
-    algorithm = SACConfig(prior_data="a", imitation_coef=1.0)
+    algorithm = SACConfig(prior_data="a", imitation_coef=1.0, bootstrap_type="none")
     with pytest.raises(ValueError, match="imitation takes the episodes that were paid most"):
         rl_train.Config(algorithm=algorithm, reward=reward_config(**SHAPED))
+
+
+def shaped_run(train: EnvConfig | FrankaConfig | None = None, **algorithm) -> rl_train.Config:
+    train = train or EnvConfig(observe_time=True)
+    env = rl_train.EnvSection(train=train, eval=replace(train))
+    algorithm = SACConfig(**({"bootstrap_type": "none"} | algorithm))
+    return rl_train.Config(env=env, algorithm=algorithm, reward=reward_config(**SHAPED))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train": EnvConfig()}, r"set env\.\*\.observe_time to true"),
+        (
+            {"train": FrankaConfig(override_cfg=FrankaTaskConfig(target_ee_pose=(0.5, 0, 0.2, -3.14, 0, 0)))},
+            "in a simulation",
+        ),
+        ({"bootstrap_type": "standard"}, "bootstrap_type to none"),
+        ({"target_clip": (0.0, 1.0)}, "target_clip bounds returns of the env"),
+    ],
+)
+def test_runs_that_shaping_would_lead_elsewhere(changes, message):
+    shaped_run()
+    with pytest.raises(ValueError, match=message):
+        shaped_run(**changes)
