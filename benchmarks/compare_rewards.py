@@ -36,6 +36,7 @@ from benchmarks import demo_trend  # noqa: E402  the checkout is not installed
 from benchmarks.demo import move_aside, run_stage  # noqa: E402
 from common.audit import gap_lower_bound  # noqa: E402
 from common.files import atomic_write, load_json, save_json  # noqa: E402
+from common.intervals import wilson_interval  # noqa: E402
 from common.report import GREY, STYLE, curve, read_metrics, save_figure  # noqa: E402
 from common.runtime import run_script  # noqa: E402
 
@@ -188,12 +189,9 @@ def time_share(metrics: list[dict]) -> float:
 
 def pooled(rows: list[dict], column: str) -> tuple[int, int, float, float]:
     """Episodes with, of how many, and the ends of Wilson's 95 % interval, over the episodes of all rows."""
-    from scipy.stats import binomtest
-
-    episodes = sum(row["num_episodes"] for row in rows)
+    episodes = round(sum(row["num_episodes"] for row in rows))
     count = sum(round(row[column] * row["num_episodes"]) for row in rows)
-    interval = binomtest(count, episodes).proportion_ci(method="wilson")
-    return count, episodes, float(interval.low), float(interval.high)
+    return count, episodes, *wilson_interval(count / episodes, episodes)
 
 
 def pooled_gap(rows: list[dict]) -> tuple[float, float, float]:

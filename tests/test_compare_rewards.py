@@ -102,7 +102,7 @@ def fake_run(command: list[str], ran: list[str]) -> None:
     if "history_vlm" in str(command):
         result |= {"false_positive_share": 0.125}
     save_json({**result, "seconds": {"training": 61.2}, "env_steps": 100}, folder / "summary.json")
-    evaluation = {f"eval/{name}": value for name, value in result.items()}
+    evaluation = {f"eval/{name}": float(value) for name, value in result.items()}  # as the log writes them
     lines = [{"step": step, "time/wall_s": step / 2, **evaluation} for step in (50, 100)]
     lines.insert(1, {"step": 50, "time/wall_s": 30, "reward/share_of_time": 0.25})
     (folder / "metrics.jsonl").write_text("\n".join(str(line).replace("'", '"') for line in lines))
