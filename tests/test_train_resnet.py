@@ -201,7 +201,9 @@ def test_old_and_new_stand_side_by_side(data, capsys):
     blue = [image[..., [0, 2, 1]] for image in payload.images[:6]]  # green becomes blue
     payload.images += blue
     payload.labels += [0] * 6
-    payload.metadata["num_added"] = 6
+    payload.metadata |= {"num_added": 6}
+    payload.metadata["frame_episodes"] += [999] * 6
+    payload.metadata["frame_steps"] += list(range(6))
     payload.save(folder / "more.pt")
     more = [f"data.train_data_paths={folder / 'more.pt'}", f"runner.logger.log_path={folder / 'second'}"]
     capsys.readouterr()
