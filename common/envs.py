@@ -205,8 +205,9 @@ class ManiSkillEnvs:
         """ManiSkill's state (N, D), and what else is asked for."""
         parts = [state]
         for name, scales in self.cfg.observe_fine.items():
-            start, stop = self.spec.obs_layout[name]
-            parts += [torch.tanh(state[:, start:stop] / scale) for scale in scales]
+            if scales:
+                start, stop = self.spec.obs_layout[name]
+                parts += [torch.tanh(state[:, start:stop] / scale) for scale in scales]
         if self.cfg.observe_time:
             parts.append((self.env.elapsed_steps / self.cfg.max_episode_steps)[:, None].to(state))
         return torch.cat(parts, dim=1)
@@ -218,7 +219,7 @@ class ManiSkillEnvs:
             name: value[0].numel() for part in state.values() for name, value in part.items()
         }
         for name, scales in self.cfg.observe_fine.items():
-            if name not in widths:
+            if scales and name not in widths:
                 raise UserError(
                     f"env.observe_fine: {self.cfg.task} has no {name} in its state, only {', '.join(widths)}"
                 )

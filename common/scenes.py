@@ -102,6 +102,7 @@ class EnvConfig:
     )
     observe_time: bool = False  # append the share of the time limit that has passed to the state
     # Part of the state -> scales in its unit: tanh(part / scale) is appended, which tells millimetres near 0.
+    # No scales ([]) take away what a base YAML asks for.
     observe_fine: dict[str, tuple[float, ...]] = field(default_factory=dict)
     control_mode: str = "pd_ee_delta_pos"
     control_freq: int | None = None  # Hz; null: the task's own (20)

@@ -341,7 +341,7 @@ def test_a_binary_gripper_needs_a_gripper_at_the_end(pick: ManiSkillEnvs, change
 
 def test_observe_fine_appends_parts_that_tell_millimetres(pick: ManiSkillEnvs, change, monkeypatch):
     state = pick.reset(3)[0]
-    change(pick, observe_fine={"obj_to_goal_pos": (0.03, 0.1)}, observe_time=True)
+    change(pick, observe_fine={"obj_to_goal_pos": (0.03, 0.1), "no_such_part": ()}, observe_time=True)
     monkeypatch.setattr(pick, "spec", pick._describe())
     obs, layout = pick.reset(3)[0], pick.spec.obs_layout
     assert obs[: len(state)].equal(state) and len(obs) == pick.spec.obs_dim == len(state) + 7
