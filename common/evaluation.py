@@ -15,6 +15,7 @@ from torch import Tensor
 from common.audit import frame_rates
 from common.envs import Render
 from common.judging import distance_of, hear, judged_inside, look_back, make_audit, make_watch
+from common.prompts import likeliest
 from common.reward_client import RewardClient
 from common.trend import LABELS, POSITIVE
 from common.video import Trace
@@ -302,6 +303,8 @@ def judge_trace(trace: Trace, client: RewardClient, frames: dict, distance: Tens
     mass = label_prob.sum(1).clip(min=1e-12)
     trace.question = "positive"
     trace.score[1:] = label_prob[:, POSITIVE] / mass
+    # the likeliest label, as `pay` and the audit judge: with three of them 0.4 may be enough
+    trace.said = np.append(False, likeliest(torch.from_numpy(label_prob)).numpy() == POSITIVE)
     trace.labels = tuple(client.parser.labels)
     trace.label_prob = np.concatenate([np.full_like(label_prob[:1], np.nan), label_prob])
     if (truth >= 0).any():

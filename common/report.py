@@ -207,7 +207,8 @@ def _draw_scores(axes: "Axes", trace: Trace, threshold: float) -> None:
     # stairs, since fill_between draws nothing where a single step is true
     heights = np.where(trace.truth, 1.05, -0.05)
     axes.stairs(heights, edges, baseline=-0.05, fill=True, color=PALE_BLUE, label=f"truth: {trace.truth_of}")
-    axes.axhline(threshold, color=GREY, linestyle="--", linewidth=1, label=f"threshold {threshold:.3g}")
+    if trace.by_threshold:
+        axes.axhline(threshold, color=GREY, linestyle="--", linewidth=1, label=f"threshold {threshold:.3g}")
     axes.plot(trace.steps, trace.score, color="black", marker="o", markersize=2, label="model's score")
     wrong = trace.wrong(threshold)
     axes.plot(trace.steps[wrong], trace.score[wrong], "X", color=ORANGE, markersize=6, label="wrong verdict")
@@ -260,7 +261,8 @@ def _draw_histogram(axes: "Axes", traces: list[Trace], threshold: float) -> None
             hatch=hatch,
             label=label,
         )
-    axes.axvline(threshold, color=GREY, linestyle="--", linewidth=1)
+    if traces[0].by_threshold:
+        axes.axvline(threshold, color=GREY, linestyle="--", linewidth=1)
     axes.set_yscale("log")  # most frames are easy; the few that count would be too flat to see
     axes.yaxis.set_major_formatter("{x:g}")
     axes.set_ylim(bottom=0.7)

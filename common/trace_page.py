@@ -32,8 +32,8 @@ def save_trace_page(
 ) -> None:
     """Write the page, whole or not at all.
 
-    threshold: of the score, at which a verdict is yes; fps: frames per second when played; title and note are
-    plain text. ValueError without a trace.
+    threshold: of the score, at which a verdict is yes (of windows not shown); fps: frames per second when
+    played; title and note are plain text. ValueError without a trace.
     """
     if not traces:
         raise ValueError("no episode to show")
@@ -77,7 +77,7 @@ def _episode(trace: Trace, threshold: float) -> dict[str, Any]:
         "says": [trace.question, OPPOSITE[trace.question]],
         "truth_says": [trace.truth_of, OPPOSITE[trace.truth_of]],
         "score": [round(float(score), 4) for score in trace.score],
-        "reaches": reaches(torch.from_numpy(trace.score), threshold),
+        "reaches": reaches(torch.from_numpy(trace.score), threshold) if trace.by_threshold else None,
         "verdict": verdict,
         "truth": [
             bool(true) if known else None for true, known in zip(trace.truth, trace.known, strict=True)

@@ -72,6 +72,11 @@ class Trace:
         return self.first_step + np.arange(len(self.frames))
 
     @property
+    def by_threshold(self) -> bool:
+        """Whether a threshold is drawn: what a window is called is its likeliest label."""
+        return self.question == "success"
+
+    @property
     def scored(self) -> np.ndarray:
         """(T,) bool."""
         return ~np.isnan(self.score)
@@ -124,7 +129,7 @@ def video_pictures(traces: list[Trace], threshold: float, num_held: int) -> Iter
     """Yield (H', W', 3) uint8, C order, sides even as H.264 wants them; `num_held` more of each last one."""
     width = traces[0].frames.shape[2]
     scale = math.ceil(MIN_WIDTH / width)
-    strip = _Strip(width * scale, threshold)
+    strip = _Strip(width * scale, threshold if traces[0].by_threshold else None)
     for number, trace in enumerate(traces, start=1):
         name = f"{number}/{len(traces)}  {trace.title}"
         verdict, wrong = trace.verdict(threshold), trace.wrong(threshold)
@@ -150,8 +155,8 @@ def video_pictures(traces: list[Trace], threshold: float, num_held: int) -> Iter
 class _Strip:
     """The strip under a frame: one figure, whose parts are moved and drawn again in a few milliseconds."""
 
-    def __init__(self, width: int, threshold: float):
-        """width in pixels; the drawing's coordinates are pixels from the top left."""
+    def __init__(self, width: int, threshold: float | None):
+        """width in pixels; threshold: None draws none. Coordinates are pixels from the top left."""
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
         from matplotlib.patches import Rectangle
@@ -172,7 +177,8 @@ class _Strip:
         bar_left, self.bar_width = 10, width - 165
         axes.add_patch(Rectangle((bar_left, 31), self.bar_width, 16, color="#4A4A4A", linewidth=0))
         self.bar = axes.add_patch(Rectangle((bar_left, 31), 0, 16, linewidth=0))
-        axes.vlines(bar_left + threshold * self.bar_width, 27, 51, color="white", linewidth=1.5)
+        if threshold is not None:
+            axes.vlines(bar_left + threshold * self.bar_width, 27, 51, color="white", linewidth=1.5)
         self.comparison = text(width - 10, 39, "right")
         self.verdict_square, self.verdict_text = square(12), text(32, 68, "left")
         self.truth_square, self.truth_text = square(150), text(170, 68, "left")
@@ -190,8 +196,10 @@ class _Strip:
         self.step.set_text(step)
         self.bar.set_width(score * self.bar_width if scored else 0)
         self.bar.set_color(ON_DARK[verdict])
-        sign = "≥" if reaches(torch.tensor(score), self.threshold) else "<"
-        self.comparison.set_text(f"score {score:.3f} {sign} {self.threshold:.3f}" if scored else "not scored")
+        compared = ""
+        if self.threshold is not None:
+            compared = f" {'≥' if reaches(torch.tensor(score), self.threshold) else '<'} {self.threshold:.3f}"
+        self.comparison.set_text(f"score {score:.3f}{compared}" if scored else "not scored")
         for square, text, who in (
             (self.verdict_square, self.verdict_text, "model"),
             (self.truth_square, self.truth_text, "truth"),

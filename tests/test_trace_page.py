@@ -106,6 +106,7 @@ def test_windows_bring_their_labels(tmp_path: Path):
     windows = trace([NAN, 0.67, 0.12, 0.0], [0, 0, 0, 1], "windows", question="positive", truth_of="positive")
     windows.labels, windows.label_prob, windows.true_label = LABELS, prob, np.array([-1, 2, 1, 0])
     windows.known = windows.true_label >= 0
+    windows.said = np.array([False, True, False, False])
     save_trace_page([windows], 0.5, tmp_path / "traces.html", "a run", fps=10)
     (episode,) = read(tmp_path / "traces.html")[1]["episodes"]
     assert episode["labels"] == list(LABELS)
@@ -113,6 +114,7 @@ def test_windows_bring_their_labels(tmp_path: Path):
     assert episode["true_label"] == [None, "unclear", "negative", "positive"]
     assert episode["label_prob"][:2] == [[None] * 3, [0.6, 0.1, 0.2]]
     assert (episode["false_positives"], episode["missed"]) == (1, 1)
+    assert episode["reaches"] is None  # no threshold is shown
     assert episode["truth"] == [None, False, False, True]
     assert episode["says"] == ["positive", "not positive"]
 
@@ -303,11 +305,11 @@ def test_windows_show_label_and_probability(tmp_path: Path):
     prob = np.array([[NAN] * 3, [0.6, 0.1, 0.2]], np.float32)
     windows = trace([NAN, 0.67], [0, 0], "windows", question="positive", truth_of="positive")
     windows.labels, windows.label_prob, windows.true_label = LABELS, prob, np.array([-1, 2])
-    windows.known = windows.true_label >= 0
+    windows.known, windows.said = windows.true_label >= 0, np.array([False, True])
     save_trace_page([windows], 0.5, tmp_path / "traces.html", "a run", fps=10)
     at, console = browse(tmp_path / "traces.html", 'await note("start"); key("Home"); await note("home");')
     assert console == []
-    assert at["start"]["says"] == ["0.670 ≥ 0.5", "positive", "unclear"]
+    assert at["start"]["says"] == ["0.670", "positive", "unclear"]
     assert at["start"]["labels"] == [["chosen", "positive0.60"], ["", "negative0.10"], ["", "unclear0.20"]]
     assert at["start"]["mistake"] == "False positive"
     assert at["home"]["says"] == ["not scored", "–", "–"] and at["home"]["mistake"] is None

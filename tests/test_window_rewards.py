@@ -5,13 +5,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from doubles import CountingEnvs, StillAgent, use_fake_trend_model, window_config
+from doubles import CountingEnvs, FakeTrendModel, StillAgent, use_fake_trend_model, window_config
 from test_experience import CPU, FakeRun, Recorder, step_once, write
 from torch import tensor
 
 import rl_train
 from common.audit import TrendAudit
-from common.evaluation import evaluate, record_traces
+from common.evaluation import evaluate, judge_trace, record_traces
 from common.experience import Rollout
 from common.geometry import success_distance
 from common.judging import make_watch, pay
@@ -23,6 +23,8 @@ from common.reward_models import HistoryOracle, HistoryOracleConfig
 from common.rewards import WindowVerdicts
 from common.run import Run, RunnerConfig
 from common.runtime import UserError
+from common.trace_page import errors
+from common.video import Trace
 
 # What env 0's frames show after steps 1, 2, ... of an episode: a window of 2 ending at step t is judged by
 # frames t - 1 and t: up, up, down, still.
@@ -167,6 +169,23 @@ def test_evaluation_and_traces_of_windows():
     assert first.truth.tolist() == [False] * 5 + [True] and not first.wrong(0.5).any()
     assert first.labels == ("positive", "negative", "unclear") and first.true_label is None
     np.testing.assert_array_equal(first.label_prob[:3], [[np.nan] * 3, [np.nan] * 3, [1, 0, 0]])
+
+
+def test_a_trace_is_called_what_is_paid_the_likeliest_label(monkeypatch):
+    unsure = torch.tensor([0.45, 0.3, 0.25])  # below 0.5, and positive all the same
+    monkeypatch.setattr(
+        FakeTrendModel, "score", lambda self, frames, *_: unsure.repeat(len(frames["main_images"]), 1)
+    )
+    frames = {
+        view: torch.zeros(4, 8, 8, 3, dtype=torch.uint8) for view in ("main_images", "extra_view_images")
+    }
+    trace = Trace(frames["main_images"].numpy(), np.full(4, np.nan, np.float32), np.zeros(4, bool), "away")
+    client = RewardClient(window_config())
+    client.meta = {"score_source": "success_distance", "delta_threshold": 0.05}
+    judge_trace(trace, client, frames, torch.tensor([0.1, 0.2, 0.3]))
+    assert trace.true_label.tolist() == [-1, -1, 1, 1]  # ever further away
+    assert trace.said.tolist() == [False, False, True, True]
+    assert errors(trace, 0.5) == (2, 0)
 
 
 @pytest.mark.parametrize("assign", [False, True])
