@@ -22,16 +22,11 @@ class Comparison(NamedTuple):
     beaten: bool  # the model is better, and would be on 97.5 % of the sets of episodes drawn anew
 
 
-def compare(
-    name: str, model: tuple[float, np.ndarray], baseline: tuple[float, np.ndarray], margin: float = 0.0
-) -> Comparison:
-    """Each side: its score, and the scores (R,) of the same resamples. Without resamples the scores decide.
-
-    `margin`: how much better the model has to be.
-    """
+def compare(name: str, model: tuple[float, np.ndarray], baseline: tuple[float, np.ndarray]) -> Comparison:
+    """Each side: its score, and the scores (R,) of the same resamples. Without any the scores decide."""
     difference = interval_of(model[1] - baseline[1])
     least = model[0] - baseline[0] if difference is None else difference[0]
-    return Comparison(name, baseline[0], interval_of(baseline[1]), bool(least > margin))
+    return Comparison(name, baseline[0], interval_of(baseline[1]), bool(least > 0))
 
 
 def guess(

@@ -591,7 +591,8 @@ def test_demo(monkeypatch, tmp_cwd, renderer):
     tags = set().union(*log)
     assert {"rollout/true_success_once", "rollout/learned_success", "rollout/hack_gap"} <= tags
     assert {"prior/model_reward_mean", "eval/learned_success", "train/q"} <= tags
-    assert {path.name for path in folder.iterdir()} >= {"curves.png", "traces.html", "eval.mp4"}
+    files = {"curves.png", "traces.html", "scores.png", "eval.mp4"}
+    assert {path.name for path in folder.iterdir()} >= files
     state, meta = load_checkpoint(folder / "checkpoints" / "last")
     assert meta["step"] == len(state["buffer"]["reward"]) == 150
     assert state["buffer"]["obs"].shape == (150, 19 + 3 * 32 * 32)

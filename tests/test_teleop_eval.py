@@ -90,7 +90,8 @@ def test_the_arm_is_let_go_before_anything_is_reported(rig, tmp_path, monkeypatc
     monkeypatch.setattr(LiveTrace, "draw", watched("draw", draw))
     teleop_eval.evaluate(config(), tmp_path)
     assert seen == [("summary", "close"), ("draw", "close")]
-    assert {path.name for path in tmp_path.iterdir()} >= {"summary.json", "trace.npz", "traces.html"}
+    files = {"summary.json", "trace.npz", "traces.html", "trace.mp4", "scores.png"}
+    assert {path.name for path in tmp_path.iterdir()} >= files
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert (summary["num_steps"], summary["num_marked"], summary["answered"]) == (4, 1, 4)
 
