@@ -45,7 +45,7 @@ from common.metrics import (
     threshold_interval,
 )
 from common.ranks import Ranks
-from common.report import new_report_dir, report_parser
+from common.report import new_report_dir, parse_report_args, report_parser
 from common.resnet_reward import ResNetRewardConfig, ResNetRewardModel, load_resnet
 from common.runtime import UserError, run_script, seed_everything, set_threads
 from common.training import AdamWConfig, EarlyStop, EarlyStopConfig, build_adamw
@@ -242,7 +242,7 @@ class Judge:
         label = self.val_set.labels
         rule = self.cfg.runner.threshold_rule
         weight, episode = self.val_set.weight, self.val_set.episode
-        threshold, counts, rule_kept = choose_threshold(success_prob, label, rule, weight)
+        threshold, counts, rule_kept = choose_threshold(success_prob, label, rule, weight, episode)
         card = score_metrics(success_prob, label, threshold, weight)
         tagged = {f"val/{name}": value for name, value in card.items()}
         self.log.log(step, {"train/loss": train_loss, **tagged, "val/threshold": threshold})
@@ -252,7 +252,7 @@ class Judge:
             "threshold_rule": {**asdict(rule), "kept": rule_kept, "counts": asdict(counts)},
             "frame_size": self.train_set.frame_size,
             "render": self.train_set.render,
-            "data_sha256": {**self.train_set.sha256, **self.val_set.sha256},
+            "data_sha256": {"train": self.train_set.sha256, "val": self.val_set.sha256},
             "class_counts": {"train": self.train_set.class_counts, "val": self.val_set.class_counts},
             "val_metrics": card,
             "step": step,
@@ -390,7 +390,8 @@ def report(argv: list[str]) -> None:
     """What follows `--report`: score frames, print the card, and write it into a new folder."""
     parser = report_parser("train_resnet.py", ".pt files of preprocess_resnet.py, together one set of frames")
     parser.add_argument("--threshold", type=float, help="instead of the one stored with the model")
-    args = parser.parse_args(argv)
+    args = parse_report_args(parser, argv)
+    set_threads(1)
     section = config.from_yaml(ResNetRewardConfig, None, args.model)
     frames, model = load_frames(args.data), load_resnet(replace(section, model_path=args.checkpoint))
     threshold = model.threshold if args.threshold is None else args.threshold

@@ -34,7 +34,7 @@ from common.log import LoggerConfig, RunLog
 from common.qwen_checkpoint import save_vlm
 from common.qwen_sft import ModelConfig, Pupil, answer_loss, load_scorer
 from common.ranks import Ranks
-from common.report import new_report_dir, report_parser
+from common.report import new_report_dir, parse_report_args, report_parser
 from common.runtime import UserError, pick_device, run_script, seed_everything, set_threads
 from common.training import AdamWConfig, EarlyStop, EarlyStopConfig, build_adamw
 from common.trend import LABELS
@@ -299,7 +299,7 @@ class Judge:
             "tasks": sorted(set(self.train_set.tasks)),
             "dataset_name": data.dataset_name,
             "frames": data.frames,
-            "data_sha256": {**self.train_set.sha256, **self.val_set.sha256},
+            "data_sha256": {"train": self.train_set.sha256, "val": self.val_set.sha256},
             "class_counts": {"train": self.train_set.class_counts, "val": self.val_set.class_counts},
             "val_metrics": card,
             "step": step,
@@ -313,7 +313,8 @@ class Judge:
         prob = score_windows(model, self.val_set, self.natural)
         label = self.val_set.labels[self.natural]
         controls = CONTROLS if self.cfg.data.frames == "all" else []
-        rows = report_card(model, self.val_set, self.chosen, controls)
+        of_chosen = prob[np.searchsorted(self.natural, self.chosen)]
+        rows = report_card(model, self.val_set, self.chosen, controls, of_chosen)
         card = write_card(prob, self.val_set, self.natural, rows, model.meta, self.folder / "report")
         num_drawn = self.last_step * self.cfg.actor.global_batch_size
         summary = {
@@ -349,14 +350,16 @@ def report(argv: list[str]) -> None:
         "train_vlm.py", "folders of preprocess_qwentrend.py (their eval/), or segments.jsonl"
     )
     parser.add_argument("--max-windows", type=int, default=600, help="of the controls, drawn once; 0: all")
-    args = parser.parse_args(argv)
+    args = parse_report_args(parser, argv)
+    set_threads(1)
     section = config.from_yaml(ModelConfig, None, args.model)
     paths = [path if path.endswith(".jsonl") else f"{path}/eval/segments.jsonl" for path in args.data]
     windows = WindowSet(paths)
     indices, warning = natural_windows(windows)
     model = load_scorer(section, args.checkpoint, windows, pick_device(section.device))
     prob = score_windows(model, windows, indices)
-    rows = report_card(model, windows, some_of(indices, args.max_windows))
+    chosen = some_of(indices, args.max_windows)
+    rows = report_card(model, windows, chosen, label_prob=prob[np.searchsorted(indices, chosen)])
     folder = new_report_dir(args.output_dir)
     card = write_card(prob, windows, indices, rows, model.meta, folder)
     print(f"{scores_table(card)}{warning}\n{card_table(rows)}\npictures and all numbers: {folder}")

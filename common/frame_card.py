@@ -19,6 +19,7 @@ from common.intervals import (
     wider,
     wilson_interval,
 )
+from common.rewards import reaches
 
 NUM_WORST = 6  # frames of each kind, each of another episode
 
@@ -33,6 +34,7 @@ class ScoredFrames:
     episode: np.ndarray | None  # (B,) int64
     step: np.ndarray | None  # (B,) int64
     brightness: np.ndarray  # (B, V) float64, mean of each view
+    whole: bool = False  # no frame of the episodes is missing
 
     @classmethod
     def of(cls, frames: FrameSet, success_prob: np.ndarray) -> "ScoredFrames":
@@ -45,6 +47,7 @@ class ScoredFrames:
             episode,
             frames.step,
             np.array(brightness, dtype=np.float64),
+            frames.whole,
         )
 
     @property
@@ -60,7 +63,8 @@ def frame_card(scored: ScoredFrames, threshold: float) -> dict[str, Any]:
     """All numbers of the card.
 
     `scores`: name -> {"value", "interval"}; intervals are [low, high] or null (`common.intervals`), that of a
-    share at least as wide as Wilson's, since no episode drawn anew shows a mistake that none of them holds.
+    share at least as wide as Wilson's, since no episode drawn anew shows a mistake that none of them holds,
+    and precision's as wide as the false-positive rate's allows.
     `confusion`: counts of frames as they are in the data; everything else weighs them (`FrameSet.weight`).
     `baselines`: what the clock, the light and a constant reach by AUPRC.
     """
@@ -77,7 +81,7 @@ def frame_card(scored: ScoredFrames, threshold: float) -> dict[str, Any]:
         "calibration_error": _entry(error, interval_of(errors)),
         **_shares(scored, threshold, plain, counts, episode, drawn),
     }
-    if scored.episode is not None and scored.step is not None:
+    if scored.whole and scored.episode is not None and scored.step is not None:
         scores |= _rank_episodes(scored, drawn)
     baselines = _baselines(scored, (scores["auprc"]["value"], area), episode, drawn)
     return {
@@ -106,7 +110,8 @@ def _shares(
     drawn: np.ndarray,
 ) -> dict[str, dict[str, Any]]:
     """Precision, recall and false-positive rate at the threshold."""
-    called, label, weight = scored.success_prob >= threshold, scored.label, scored.weight
+    called = reaches(scored.success_prob, threshold)
+    label, weight = scored.label, scored.weight
     cells = (called & label, called & ~label, ~called & label, ~called & ~label)
     sums = drawn @ per_episode(episode, drawn.shape[1], *(cell * weight for cell in cells))  # (R, 4)
     shares = {}
@@ -119,6 +124,11 @@ def _shares(
             resampled = sums[:, part] / (sums[:, part] + sums[:, rest])
         trials = sum(list(asdict(plain).values())[cell] for cell in (part, rest))  # frames that were seen
         shares[name] = _entry(value, wider(interval_of(resampled), wilson_interval(value, trials)))
+    ends, (_, highest) = shares["precision"]["interval"], shares["false_positive_rate"]["interval"] or (0, 0)
+    if ends is not None:
+        # were as many failures called as their own interval allows; a failure that was kept stands for others
+        low = float(metrics.precision_at(counts.true_positives, highest, weight[~label].sum()))
+        shares["precision"]["interval"] = wider(ends, (low, low))
     return shares
 
 
@@ -152,7 +162,8 @@ def _reliability(scored: ScoredFrames) -> list[dict[str, float]]:
 
 def _rank_episodes(scored: ScoredFrames, drawn: np.ndarray) -> dict[str, dict[str, Any]]:
     """Kendall's tau-b of episodes: the highest score against success at any frame, which per-step rewards
-    depend on, and the last score against success in the last frame, which terminal ones do.
+    depend on, and the last score against success in the last frame, which terminal ones do. Whole episodes
+    only: in what preprocessing left of one, the highest score and success may be missing.
     """
     order = np.lexsort((scored.step, scored.episode))
     first = np.flatnonzero(np.diff(scored.episode[order], prepend=-1))

@@ -14,7 +14,8 @@ from common.frame_card import NUM_WORST, ScoredFrames, frame_card, worst
 from common.frames import FrameSet
 from common.log import in_red
 from common.metrics import threshold_is
-from common.report import BLUE, GREY, ORANGE, RED, STYLE, save_figure
+from common.report import BLUE, GREY, ORANGE, RED, STYLE, held_out, other_pictures, save_figure
+from common.rewards import differences, reaches
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -61,8 +62,8 @@ def _shown(name: str, entry: dict[str, Any]) -> str:
     scale, form = (1000, ".1f") if name == "false_positive_rate" else (1, ".3f")
     ends = entry["interval"]
     interval = "unknown" if ends is None else " to ".join(format(scale * end, form) for end in ends)
-    perfect = f"   (a perfect ranking: {entry['perfect']:.3f})" if "perfect" in entry else ""
-    return f"{format(scale * entry['value'], form):>8}   {interval}{perfect}"
+    untied = f"   (all pairs right, no ties: {entry['untied']:.3f})" if "untied" in entry else ""
+    return f"{format(scale * entry['value'], form):>8}   {interval}{untied}"
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -79,16 +80,19 @@ def write_card(
     scored = ScoredFrames.of(frames, success_prob)
     card = {
         "data_sha256": frames.sha256,
-        "held_out": held_out(frames, meta),
+        "held_out": held_out(frames.sha256, meta, "frames")
+        + other_pictures(differences(meta, frames.render, None, frames.views)),
         "prevalence_is": frames.prevalence,
         "threshold_is": threshold_is(meta, threshold),
         **frame_card(scored, threshold),
     }
+    called = reaches(scored.success_prob, threshold)
     rows = {"false_positives": worst(scored, False), "false_negatives": worst(scored, True)}
     card["worst"] = {
         name: [
             {
                 "success_prob": float(scored.success_prob[index]),
+                "called_success": bool(called[index]),
                 "episode": None if frames.episode is None else int(frames.episode[index]),
                 "step": None if frames.step is None else int(frames.step[index]),
             }
@@ -101,16 +105,6 @@ def write_card(
     _draw_errors(card, frames, list(rows.values()), folder / "errors.png")
     save_json(card, folder / "report.json")
     return card
-
-
-def held_out(frames: FrameSet, meta: dict[str, Any]) -> str:
-    """What the model has had to do with these frames before."""
-    known = set(meta.get("data_sha256", {}).values())
-    if not known & set(frames.sha256.values()):
-        return "no file of its training or validation"
-    if "train" in frames.splits:
-        return "careful: frames of training are among them"
-    return "its validation frames, by which checkpoint and threshold were chosen"
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -218,13 +212,13 @@ def _draw_scores(axes: "Axes", card: dict[str, Any]) -> None:
     axes.set_title("Scores, and 95 % intervals over episodes", loc="left")
     place = {"fontsize": 8, "va": "top", "transform": axes.transAxes}
     for row, (name, entry) in enumerate(card["scores"].items()):
-        value, interval, *perfect = _shown(name, entry).strip().split("   ")
+        value, interval, *untied = _shown(name, entry).strip().split("   ")
         y = 0.97 - row * 0.115
         axes.text(0, y, SCORES[name], **place)
         axes.text(0.62, y, value.strip(), ha="right", **place)
         axes.text(0.66, y, interval, color=GREY, **place)
-    if perfect:
-        axes.text(0.66, y - 0.1, f"perfect: {entry['perfect']:.3f}", color=GREY, **place)
+    if untied:
+        axes.text(0.66, y - 0.1, f"right, untied: {entry['untied']:.3f}", color=GREY, **place)
 
 
 def _draw_baselines(axes: "Axes", card: dict[str, Any]) -> None:
@@ -263,8 +257,7 @@ def _draw_errors(card: dict[str, Any], frames: FrameSet, rows: list[np.ndarray],
                 axes.set_axis_off()
             for axes, index, row in zip(places, indices, told, strict=False):
                 axes.imshow(_one_picture(frames.images[index].numpy()))
-                called = row["success_prob"] >= card["threshold"]
-                wrong = called != bool(frames.labels[index])
+                wrong = row["called_success"] != bool(frames.labels[index])
                 where = "" if row["episode"] is None else f"\nepisode {row['episode']}, frame {row['step']}"
                 axes.set_title(
                     f"{row['success_prob']:.3f}{' wrong' if wrong else ''}{where}",

@@ -24,12 +24,12 @@ class FrameSet:
     render: dict[str, Any] | None  # what the cameras were
     sha256: dict[str, str]  # file -> hash of its content
     added: np.ndarray  # (len,) bool: brought by preprocess_resnet.py --add
-    splits: list[str]  # what the files say they are: train, val, ...
     weight: (
         np.ndarray
     )  # (len,) float64, how many frames of the episodes each stands for: 1 unless some were cut
     episode: np.ndarray | None  # (len,) int64, which episode; None where a file does not tell
     step: np.ndarray | None  # (len,) int64, which frame of its episode; None likewise
+    whole: bool  # no frame of its episodes is left out, but the reset's
     prevalence: str  # in words, of what the share of successes is the share
 
     def __len__(self) -> int:
@@ -84,10 +84,10 @@ def load_frames(paths: str | list[str]) -> FrameSet:
         render=renders[0],
         sha256={path: _sha256(path) for path in paths},
         added=np.concatenate([_added(file) for file in files]),
-        splits=[str(file.metadata.get("split", "unknown")) for file in files],
         weight=np.concatenate([_weights(file) for file in files]),
         episode=_per_frame(files, "frame_episodes", apart=True),
         step=_per_frame(files, "frame_steps"),
+        whole=all(_is_whole(file) for file in files),
         prevalence="; ".join(dict.fromkeys(_prevalence(file) for file in files)),
     )
 
@@ -117,9 +117,17 @@ def _prevalence(file: RewardDatasetPayload) -> str:
         return "as in the file, which does not say what was left out"
     if file.metadata.get("label") == "operator":
         return "that of the frames an operator labelled, not what a policy meets"
+    if sampled := file.metadata.get("num_samples_per_episode", 0):
+        return f"not natural: {sampled} frames of each episode, evenly spaced, however long it was"
     if before == _counts(file, "frames"):
-        return "natural: all frames of the episodes, as many as were sampled of each"
+        return "natural: all frames of the episodes"
     return "natural: frames cut from the file count with those that were kept"
+
+
+def _is_whole(file: RewardDatasetPayload) -> bool:
+    before, sampled = _counts(file, "frames_before_cut"), file.metadata.get("num_samples_per_episode")
+    picked = file.metadata.get("label") == "operator" or file.metadata.get("num_added", 0) > 0
+    return before is not None and before == _counts(file, "frames") and sampled == 0 and not picked
 
 
 def _per_frame(files: list[RewardDatasetPayload], key: str, apart: bool = False) -> np.ndarray | None:

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from common.intervals import Interval, draw_episodes, interval_of
+from common.rewards import reaches
 from common.runtime import UserError
 
 NUM_THRESHOLDS = 200  # resamples of a threshold's interval: at each of them the rule is followed anew
@@ -88,7 +89,7 @@ def counts_at(
 ) -> Counts:
     """Counts when frames that reach `threshold` are called a success."""
     success_prob, label = _scores(success_prob, label, both=False)
-    called = success_prob >= threshold
+    called = reaches(success_prob, threshold)
     cells = (called & label, called & ~label, ~called & label, ~called & ~label)
     if weight is None:
         return Counts(*(int(cell.sum()) for cell in cells))
@@ -123,7 +124,9 @@ def kendall_tau_b(score: ArrayLike, outcome: ArrayLike) -> float:
 
 
 def kendall_of_episodes(score: np.ndarray, outcome: np.ndarray, drawn: np.ndarray) -> dict[str, Any]:
-    """value, interval, and `perfect`: what the right ranking reaches without ties, which may help beyond it.
+    """value, interval, and `untied`: what a ranking with all pairs right and no two scores alike reaches.
+
+    Where scores within an outcome are alike, tau-b of the right ranking is higher than that, up to 1.
 
     score (E,), outcome (E,) bool; drawn (R, E): `common.intervals.draw_episodes`.
     """
@@ -133,9 +136,9 @@ def kendall_of_episodes(score: np.ndarray, outcome: np.ndarray, drawn: np.ndarra
         else np.nan
         for times in drawn
     ]
-    perfect = kendall_tau_b(np.arange(len(score)), np.sort(outcome))
+    untied = kendall_tau_b(np.arange(len(score)), np.sort(outcome))
     value = kendall_tau_b(score, outcome)
-    return {"value": value, "interval": interval_of(np.array(resampled)), "perfect": perfect}
+    return {"value": value, "interval": interval_of(np.array(resampled)), "untied": untied}
 
 
 NUM_BINS = 15  # Guo et al., "On Calibration of Modern Neural Networks", ICML 2017
@@ -163,8 +166,9 @@ class ThresholdRule:
     """How the success threshold is chosen on the validation frames.
 
     `max_false_positives_per_1000`: at most `value` of 1,000 failures may reach it.
-    `precision_lower_bound`: the precision is at least `value` with 95 % confidence (Wilson's bound, so that 5
-    of 5 is not taken for certainty). `fixed`: it is `value`.
+    `precision_lower_bound`: the precision is at least `value` with about 95 % confidence (Wilson's bound, so
+    that 5 of 5 is not taken for certainty; what counts as one trial is an episode, since its frames look
+    alike: with no mistake in n of them n / (n + 2.7) is all that can be claimed). `fixed`: it is `value`.
     """
 
     rule: Literal["max_false_positives_per_1000", "precision_lower_bound", "fixed"] = (
@@ -182,13 +186,19 @@ class ThresholdRule:
 
 
 def choose_threshold(
-    success_prob: ArrayLike, label: ArrayLike, rule: ThresholdRule, weight: ArrayLike | None = None
+    success_prob: ArrayLike,
+    label: ArrayLike,
+    rule: ThresholdRule,
+    weight: ArrayLike | None = None,
+    episode: np.ndarray | None = None,
 ) -> tuple[float, Counts, bool]:
     """(threshold, its counts of frames, whether it keeps the rule and finds any success at all).
 
     Of all thresholds that keep the rule, the one with the most true positives, then the fewest false ones; it
     lies in the middle of the gap between two neighbouring scores, so that rounding in a faster forward pass
     moves no frame across. Where none keeps the rule, the one that comes closest to it.
+
+    episode (B,) int, for `precision_lower_bound`; without it every frame counts as an episode.
     """
     success_prob, label = _scores(success_prob, label)
     if rule.rule == "fixed":
@@ -203,9 +213,14 @@ def choose_threshold(
     if rule.rule == "max_false_positives_per_1000":
         excess = 1000 * fp / weight[~label].sum() - rule.value
     else:
-        # what was seen is frames, however many others each stands for
-        seen = _weight_reaching(success_prob, np.ones(len(label)), candidates)
-        excess = rule.value - wilson_lower_bound(seen * tp / np.maximum(tp + fp, 1e-12), seen)
+        episode = np.arange(len(label)) if episode is None else episode
+        seen = _effective_number(success_prob, weight, episode, candidates)
+        bound = wilson_lower_bound(seen * tp / np.maximum(tp + fp, 1e-12), seen)
+        # few failures that were kept, each for many that were not, may be called by chance alone
+        num_failures = (~label).sum()
+        num_false = _weight_reaching(success_prob[~label], np.ones(num_failures), candidates)
+        false_rate = 1 - wilson_lower_bound(num_failures - num_false, num_failures)
+        excess = rule.value - np.minimum(bound, precision_at(tp, false_rate, weight[~label].sum()))
     keeps = (excess <= 1e-12) & (tp > 0)
     if keeps.any():
         kept = np.flatnonzero(keeps)
@@ -236,7 +251,10 @@ def threshold_interval(
     for times in draw_episodes(len(names), NUM_THRESHOLDS):
         drawn = np.repeat(np.arange(len(label)), times[episode])
         if 0 < label[drawn].sum() < len(drawn):
-            chosen.append(choose_threshold(success_prob[drawn], label[drawn], rule, weight[drawn])[0])
+            # an episode that was drawn twice counts as two
+            copy = np.concatenate([np.arange(count) for count in times[episode]])
+            anew = episode[drawn] * (times.max() + 1) + copy
+            chosen.append(choose_threshold(success_prob[drawn], label[drawn], rule, weight[drawn], anew)[0])
     return interval_of(np.array(chosen))
 
 
@@ -269,6 +287,32 @@ def wilson_lower_bound(hits: ArrayLike, trials: ArrayLike, z: float = 1.645) -> 
     centre = share + z * z / (2 * some)
     spread = z * np.sqrt(share * (1 - share) / some + z * z / (4 * some * some))
     return np.where(trials > 0, (centre - spread) / (1 + z * z / some), 0.0)
+
+
+def precision_at(hits: ArrayLike, false_rate: ArrayLike, failures: float) -> np.ndarray:
+    """Precision where of `failures` (their weight) the share `false_rate` is called a success.
+
+    At the high end of the rate it is at its low end, also where each failure stands for others.
+    """
+    hits = np.asarray(hits, float)
+    return hits / np.maximum(hits + np.asarray(false_rate) * failures, 1e-12)
+
+
+def _effective_number(
+    success_prob: np.ndarray, weight: np.ndarray, episode: np.ndarray, thresholds: np.ndarray
+) -> np.ndarray:
+    """How many episodes of equal weight the frames that reach each threshold are worth: (sum w)^2 / sum w^2
+    over the episodes' weights there (Kish, "Survey Sampling", 1965). episode (B,) int."""
+    order = np.lexsort((-success_prob, episode))  # within an episode the highest score first
+    own = weight[order]
+    first = np.flatnonzero(np.diff(episode[order], prepend=episode[order[0]] - 1))
+    total = own.cumsum()
+    start = np.repeat((total - own)[first], np.diff(np.append(first, len(order))))
+    before = total - own - start  # the episode's weight that reaches higher
+    grown = np.empty(len(order))
+    grown[order] = (2 * before + own) * own  # by so much a frame makes its episode's square larger
+    squares = _weight_reaching(success_prob, grown, thresholds)
+    return _weight_reaching(success_prob, weight, thresholds) ** 2 / np.maximum(squares, 1e-12)
 
 
 def _weight_reaching(success_prob: np.ndarray, weight: np.ndarray, thresholds: np.ndarray) -> np.ndarray:

@@ -9,7 +9,7 @@ import argparse
 import json
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -287,11 +287,49 @@ def report_parser(script: str, data: str) -> argparse.ArgumentParser:
     return parser
 
 
+def parse_report_args(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
+    """UserError, before anything is scored, where the folder cannot take a report."""
+    args = parser.parse_args(argv)
+    if args.output_dir is not None:
+        folder = Path(args.output_dir)
+        for name, what in (("report.json", "a report"), ("summary.json", "a run")):
+            if (folder / name).exists():
+                raise UserError(f"{folder} holds {what} already; choose another --output-dir")
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"{folder} is a file; choose another --output-dir")
+    return args
+
+
 def new_report_dir(output_dir: str | None) -> Path:
-    """UserError where a report is already."""
-    if output_dir is not None and (Path(output_dir) / "report.json").exists():
-        raise UserError(f"{output_dir} holds a report already; choose another --output-dir")
     return new_run_dir(output_dir, "report")
+
+
+UNSEEN = "no file of its training or validation"
+
+
+def held_out(sha256: dict[str, str], meta: dict[str, Any], things: str) -> str:
+    """What the model has had to do with these data before, in words.
+
+    sha256: file -> hash of its content; meta: the model's reward.json; things: what the files hold.
+    """
+    if (known := meta.get("data_sha256")) is None:
+        return f"whether it has seen these {things} is unknown"
+    mine = set(sha256.values())
+    if known.keys() != {"train", "val"}:  # older models do not tell the two apart
+        seen = mine & set(known.values())
+        return f"careful: {things} of its training or validation are among them" if seen else UNSEEN
+    if mine & set(known["train"].values()):
+        return f"careful: {things} of its training are among them"
+    if shared := mine & set(known["val"].values()):
+        if shared == mine:
+            return f"its validation {things}, by which it was chosen"
+        return f"careful: {things} of its validation are among them"
+    return UNSEEN
+
+
+def other_pictures(different: list[str]) -> str:
+    """Of `common.rewards.differences`, to go on with after `held_out`; "" without any."""
+    return f"; careful: other pictures than it knows ({'; '.join(different)})" if different else ""
 
 
 def save_figure(figure: "Figure", path: Path) -> None:

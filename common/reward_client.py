@@ -32,7 +32,7 @@ from common.prompts import make_parser
 from common.qwen_reward import VLMConfig
 from common.resnet_reward import ResNetRewardConfig
 from common.reward_models import OF_WINDOWS, HistoryOracleConfig, RewardModelConfig, load_reward_model
-from common.rewards import Decision, Verdicts, WindowVerdicts
+from common.rewards import Decision, Verdicts, WindowVerdicts, differences
 from common.runtime import UserError
 from common.vlm_api import ApiConfig
 
@@ -388,17 +388,8 @@ class RewardClient:
     def check_envs(self, spec: EnvSpec | Episode) -> None:
         """UserError with each difference from the frames the model was trained on, and from their rate where
         it judges motion. spec: of the envs, or an episode; its `render` and `control` are looked at."""
-        trained, ours, theirs = self.meta.get("render"), {}, {}
-        if trained is not None:
-            ours, theirs = _flatten(spec.render, self.views), _flatten(trained, self.views)
-        if self.cfg.of_windows and self.meta.get("control") and spec.control is not None:
-            ours["freq_hz"], theirs["freq_hz"] = spec.control.get("freq_hz"), self.meta["control"]["freq_hz"]
-        different = [
-            f"{k}: trained on {theirs.get(k)}, here {ours.get(k)}"
-            for k in sorted(ours.keys() | theirs.keys())
-            if ours.get(k) != theirs.get(k)
-        ]
-        if different:
+        control = spec.control if self.cfg.of_windows else None
+        if different := differences(self.meta, spec.render, control, self.views):
             raise UserError(
                 f"the reward model {self.cfg.model_name} knows other pictures than these envs make: "
                 + "; ".join(different)
@@ -624,11 +615,3 @@ def _reward_worker(connection: Connection, model_cfg, api) -> None:
             chunk, count = content
             scores = model.score({view: frames[chunk, :count] for view, frames in ring.items()})
             connection.send(("ok", (scores, time.perf_counter())))
-
-
-def _flatten(render: dict, views: tuple[str, ...]) -> dict[str, object]:
-    """Only what shows in the views that the model looks at."""
-    flat = {k: v for k, v in render.items() if k != "views"}
-    for view in views:
-        flat |= {f"{view}.{k}": v for k, v in render["views"].get(view, {}).items()}
-    return flat

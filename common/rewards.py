@@ -12,19 +12,22 @@ a parser says what that is worth (`common.prompts`), and the reward lands on the
 differences of the score are paid instead (`Shaping`), on top of the env reward.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from common.prompts import likeliest
 from common.runtime import UserError
 
+Scores = TypeVar("Scores", Tensor, np.ndarray)
 BootstrapType = Literal["standard", "always", "none"]
 
 
-def reaches(success_prob: Tensor, threshold: float | Tensor) -> Tensor:
+def reaches(success_prob: Scores, threshold: float | Tensor) -> Scores:
     """Bool: the one comparison of a score with a threshold; nan reaches none."""
     return success_prob >= threshold
 
@@ -203,3 +206,33 @@ def add_bootstrap(
     ended = terminated | truncated
     bootstrapped = ended & ~no_bootstrap(terminated, truncated, bootstrap_type)
     return reward + torch.where(bootstrapped, gamma * final_value, 0.0)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What a model was trained on
+
+
+def differences(
+    meta: dict[str, Any], render: dict[str, Any] | None, control: dict[str, Any] | None, views: Sequence[str]
+) -> list[str]:
+    """Each difference of these pictures from those the model was trained on (meta: its reward.json), and of
+    their rate, unless `control` is None. Of cameras only `views` are compared; a None on either side is not.
+    """
+    ours, theirs = {}, {}
+    if render is not None and meta.get("render") is not None:
+        ours, theirs = _flatten(render, views), _flatten(meta["render"], views)
+    if control is not None and meta.get("control"):
+        ours["freq_hz"], theirs["freq_hz"] = control.get("freq_hz"), meta["control"]["freq_hz"]
+    return [
+        f"{k}: trained on {theirs.get(k)}, here {ours.get(k)}"
+        for k in sorted(ours.keys() | theirs.keys())
+        if ours.get(k) != theirs.get(k)
+    ]
+
+
+def _flatten(render: dict[str, Any], views: Sequence[str]) -> dict[str, Any]:
+    """Only what shows in the views that the model looks at."""
+    flat = {k: v for k, v in render.items() if k != "views"}
+    for view in views:
+        flat |= {f"{view}.{k}": v for k, v in render["views"].get(view, {}).items()}
+    return flat

@@ -192,6 +192,7 @@ class Table:
         self.rows.append(
             {
                 "control": name,
+                "num_windows": len(label),
                 **numbers,
                 **shares,
                 "macro_f1_interval": interval_of(resampled),
@@ -202,18 +203,23 @@ class Table:
 
 
 def report_card(
-    model: Scorer, windows: WindowSet, indices: np.ndarray, controls: list[Control] = CONTROLS
+    model: Scorer,
+    windows: WindowSet,
+    indices: np.ndarray,
+    controls: list[Control] = CONTROLS,
+    label_prob: np.ndarray | None = None,
 ) -> list[dict[str, Any]]:
-    """A row per control on these windows, then a row per guess that needs no model: name, expected, what
-    `trend_metrics` says, the shares of the calls, the interval of macro-F1 over episodes (None where they are
-    unknown), and whether the model's own score beats it (None where it need not).
+    """A row per control on these windows, then a row per guess that needs no model: name, expected, how many
+    windows, what `trend_metrics` says, the shares of the calls, the interval of macro-F1 over episodes (None
+    where they are unknown), and whether the model's own score beats it (None where it need not).
 
+    label_prob (len(indices), 3): what the model says of them as they are; None: it is asked.
     The reversed windows have a second row, judged against flipped labels (positive <-> negative). The empty
     question has to hurt only where the windows show several tasks.
     """
     label = windows.labels[indices]
     table = Table(label, None if windows.episode is None else windows.episode[indices])
-    table.add("normal", "", score_windows(model, windows, indices))
+    table.add("normal", "", score_windows(model, windows, indices) if label_prob is None else label_prob)
     num_tasks = len(set(windows.tasks_of(indices)))
     for control in controls:
         if control.change is views_swapped and len({tuple(size) for size in windows.frame_size.values()}) > 1:

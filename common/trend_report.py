@@ -11,7 +11,8 @@ import numpy as np
 
 from common.files import save_json
 from common.log import in_red
-from common.report import BLUE, GREY, RED, STYLE, save_figure
+from common.report import BLUE, GREY, RED, STYLE, held_out, other_pictures, save_figure
+from common.rewards import differences
 from common.trend import LABELS
 from common.trend_card import confusion_counts, trend_metrics, trend_scores
 from common.windows import Frames, WindowSet
@@ -42,7 +43,8 @@ def card_table(rows: list[dict[str, Any]]) -> str:
         "called_positive": "called pos.",
         "called_negative": "called neg.",
     }
-    lines = [f"{'held-out windows':<26}" + "".join(f"{title:>13}" for title in columns.values())]
+    told = f"{rows[0]['num_windows']:,} windows"
+    lines = [f"{told:<26}" + "".join(f"{title:>13}" for title in columns.values())]
     for row in rows:
         numbers = "".join(f"{_number(row[key]):>13}" for key in columns)
         told = in_red(f"NOT BEATEN, should be {row['expected']}") if is_suspect(row) else row["expected"]
@@ -75,7 +77,7 @@ def scores_table(card: dict[str, Any]) -> str:
 def _interval(entry: dict[str, Any]) -> str:
     ends = entry["interval"]
     text = "unknown" if ends is None else f"{ends[0]:.3f} to {ends[1]:.3f}"
-    return text + (f"   (a perfect ranking: {entry['perfect']:.3f})" if "perfect" in entry else "")
+    return text + (f"   (all pairs right, no ties: {entry['untied']:.3f})" if "untied" in entry else "")
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -95,16 +97,18 @@ def write_card(
     label_prob (len(indices), 3): what the model says of these windows; `rows`: those of its `report_card`;
     `meta`: its reward.json, {} without one.
     """
-    label = windows.labels[indices]
+    label, info = windows.labels[indices], windows.info
     card = {
         "num_windows": len(indices),
         "num_episodes": None if windows.episode is None else len(np.unique(windows.episode[indices])),
         "data_sha256": windows.sha256,
-        "held_out": held_out(windows, meta),
-        "prevalence_is": prevalence_of(windows.info),
+        "held_out": held_out(windows.sha256, meta, "windows")
+        + other_pictures(differences(meta, info.get("render"), info.get("control"), windows.views)),
+        "prevalence_is": prevalence_of(info),
         "class_counts": dict(zip(LABELS, np.bincount(label, minlength=len(LABELS)).tolist(), strict=True)),
         "scores": trend_scores(label_prob, windows, indices),
         "confusion": confusion_counts(label_prob.argmax(1), label),
+        "num_control_windows": rows[0]["num_windows"],
         "controls": rows,
         "beats_baselines": not any(is_suspect(row) for row in rows),
     }
@@ -125,17 +129,6 @@ def prevalence_of(info: dict[str, Any]) -> str:
     if info["balance_labels"]:
         return "cut to equal numbers by preprocessing; its --natural-eval keeps them as often as they occur"
     return "as preprocessing cut them; its --natural-eval keeps them as often as they occur"
-
-
-def held_out(windows: WindowSet, meta: dict[str, Any]) -> str:
-    """What the model has had to do with these windows before; the folder's name tells train from eval."""
-    known = set(meta.get("data_sha256", {}).values())
-    shared = [path for path, digest in windows.sha256.items() if digest in known]
-    if not shared:
-        return "no file of its training or validation"
-    if any(Path(path).parent.name == "train" for path in shared):
-        return "careful: windows of training are among them"
-    return "its validation windows, by which the checkpoint was chosen"
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -164,7 +157,8 @@ def plot_controls(rows: list[dict[str, Any]], path: Path) -> None:
         )
         axes.set_axisbelow(True)
         axes.grid(visible=False, axis="y")
-        axes.set_title("Windows as they are, tampered with, and what needs no model", loc="left")
+        told = f"{rows[0]['num_windows']:,} windows as they are, tampered with, and what needs no model"
+        axes.set_title(told, loc="left")
     save_figure(figure, path)
 
 

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from common.frame_card import ScoredFrames, frame_card, worst
-from common.frame_report import card_table, held_out, write_card
+from common.frame_report import card_table, write_card
 from common.frames import load_frames
 from common.payload import RewardDatasetPayload
+from common.report import held_out
 
 # 6 episodes of 4 frames; success in the last two of episodes 0, 1 and 2
 LABEL = np.array([0, 0, 1, 1] * 3 + [0, 0, 0, 0] * 3, dtype=bool)
@@ -25,6 +26,7 @@ def scored(prob: np.ndarray = PROB, **changes) -> ScoredFrames:
         "episode": np.repeat(np.arange(6), 4),
         "step": np.tile(np.arange(4), 6),
         "brightness": np.zeros((24, 1)),
+        "whole": True,
     }
     return ScoredFrames(**(parts | changes))
 
@@ -51,7 +53,7 @@ def test_every_number_of_a_model_with_one_mistake():
     # outcomes 1 1 1 0 0 0, scores .9 .9 .9 .1 .1 .95: of 9 pairs of unlike outcome 6 are right and 3 wrong;
     # of the 15 pairs 3 + 1 are tied in score, 6 in outcome
     assert got["kendall_once"] == got["kendall_at_end"] == pytest.approx((6 - 3) / np.sqrt(11 * 9))
-    assert card["scores"]["kendall_once"]["perfect"] == pytest.approx(9 / np.sqrt(15 * 9))
+    assert card["scores"]["kendall_once"]["untied"] == pytest.approx(9 / np.sqrt(15 * 9))
     assert card["calibration"] == [
         {"share": 17 / 24, "said": pytest.approx(0.1), "came_true": 0.0},
         {"share": 6 / 24, "said": pytest.approx(0.9), "came_true": 1.0},
@@ -91,6 +93,17 @@ def test_frames_that_were_cut_count_with_those_kept():
     assert values(card)["precision"] == pytest.approx(6 / 8)
     assert values(card)["auprc"] == pytest.approx(6 / 8)
     assert list(card["confusion"].values()) == [6, 1, 0, 11]  # frames, as they are
+
+
+def test_precision_is_no_surer_than_the_false_positive_rate():
+    # 100 successes are called and none of 60 failures, each of which stands for 10
+    label = np.repeat([True, False], [100, 60])
+    parts = {"label": label, "weight": np.where(label, 1.0, 10.0), "episode": np.arange(160)}
+    parts |= {"step": np.zeros(160, int), "brightness": np.zeros((160, 1))}
+    scores = frame_card(scored(label * 0.9, **parts), 0.5)["scores"]
+    highest = 1.96**2 / (60 + 1.96**2)
+    assert scores["false_positive_rate"]["interval"] == pytest.approx((0, highest))
+    assert scores["precision"]["interval"] == pytest.approx((100 / (100 + 600 * highest), 1.0))
 
 
 def test_a_model_that_knows_the_time_only_is_marked():
@@ -135,6 +148,7 @@ def write_data(path: Path, **metadata) -> Path:
         "frame_steps": [index % 4 for index in range(24)],
         "frames": {"val": {"success": 6, "fail": 18}},
         "frames_before_cut": {"val": {"success": 6, "fail": 18}},
+        "num_samples_per_episode": 0,
     }
     RewardDatasetPayload(images, LABEL.astype(int).tolist(), known | metadata).save(path)
     return path
@@ -152,7 +166,12 @@ def test_the_folder_of_a_report(tmp_path):
     }
     written = json.loads((tmp_path / "report/report.json").read_text())
     assert written["scores"]["auprc"] == {"value": 1.0, "interval": [1.0, 1.0]}
-    assert written["worst"]["false_negatives"][0] == {"success_prob": 0.9, "episode": 7, "step": 2}
+    assert written["worst"]["false_negatives"][0] == {
+        "success_prob": 0.9,
+        "called_success": True,
+        "episode": 7,
+        "step": 2,
+    }
     assert written["beats_baselines"] is card["beats_baselines"] is True
     assert imread(tmp_path / "report/card.png").std() > 0.05
     assert imread(tmp_path / "report/errors.png").std() > 0.05
@@ -181,10 +200,51 @@ def test_frames_know_what_they_stand_for(tmp_path):
 
 
 def test_what_a_model_has_had_to_do_with_the_frames(tmp_path):
-    frames = load_frames(str(write_data(tmp_path / "val.pt")))
-    known = {"data_sha256": {"elsewhere/val.pt": frames.sha256[str(tmp_path / "val.pt")]}}
-    assert held_out(frames, {}) == "no file of its training or validation"
-    assert held_out(frames, known) == "its validation frames, by which checkpoint and threshold were chosen"
-    trained = load_frames(str(write_data(tmp_path / "val.pt", split="train")))
-    known = {"data_sha256": {"x": trained.sha256[str(tmp_path / "val.pt")]}}
-    assert held_out(trained, known) == "careful: frames of training are among them"
+    """By the role that a file had, whatever it says of itself."""
+    told = load_frames(str(write_data(tmp_path / "val.pt"))).sha256
+    (digest,) = told.values()
+
+    def seen(known: dict, **more: str) -> str:
+        return held_out({**told, **more}, {"data_sha256": known}, "frames")
+
+    assert held_out(told, {}, "frames") == "whether it has seen these frames is unknown"
+    assert seen({"train": {"a": "other"}, "val": {}}) == "no file of its training or validation"
+    validated = {"train": {"a": "other"}, "val": {"elsewhere/val.pt": digest}}
+    assert seen(validated) == "its validation frames, by which it was chosen"
+    assert seen(validated, more="fresh") == "careful: frames of its validation are among them"
+    trained = {"train": {"a": digest}, "val": {"a": digest}}
+    assert seen(trained) == "careful: frames of its training are among them"
+    older = {"somewhere/val.pt": digest}  # roles untold
+    assert seen(older) == "careful: frames of its training or validation are among them"
+    assert seen({"somewhere/val.pt": "other"}) == "no file of its training or validation"
+
+
+def test_pictures_that_the_model_does_not_know_are_told(tmp_path):
+    views = {"main_images": {"width": 128}, "extra_view_images": {"width": 64}}
+    frames = load_frames(str(write_data(tmp_path / "val.pt", render={"shader": "default", "views": views})))
+
+    def told(**trained) -> str:
+        meta = {"render": {"shader": "default", "views": trained}}
+        return write_card(PROB, frames, meta, 0.5, tmp_path / "report")["held_out"]
+
+    assert "careful" not in told(main_images={"width": 128}, extra_view_images={"width": 32})  # not looked at
+    other = told(main_images={"width": 256})
+    assert other.endswith(
+        "; careful: other pictures than it knows (main_images.width: trained on 256, here 128)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("metadata", "prevalence"),
+    [
+        ({}, "natural: all frames of the episodes"),
+        ({"num_samples_per_episode": 4}, "not natural: 4 frames of each episode, evenly spaced"),
+        ({"label": "operator"}, "that of the frames an operator labelled"),
+        ({"frames_before_cut": {"val": {"success": 6, "fail": 45}}}, "natural: frames cut from the file"),
+    ],
+)
+def test_episodes_are_ranked_by_all_of_their_frames_only(tmp_path, metadata, prevalence):
+    frames = load_frames(str(write_data(tmp_path / "val.pt", **metadata)))
+    assert frames.prevalence.startswith(prevalence)
+    scores = frame_card(ScoredFrames.of(frames, PROB), 0.5)["scores"]
+    assert ("kendall_once" in scores) is (metadata == {})

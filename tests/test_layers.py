@@ -137,7 +137,7 @@ WITHIN_LEVEL = {
     "yaml_tree": {"config"},
     "episodes": {"hard_frames", "add_frames", "trend", "windows"},
     "trend": {"prompts", "windows", "rewards", "trend_card", "audit"},
-    "rewards": {"audit"},
+    "rewards": {"audit", "metrics", "frame_card"},
     "prompts": {"windows", "rewards"},
     "history": {"rewards"},
     "payload": {"add_frames", "frames", "labelling"},

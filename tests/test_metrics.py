@@ -107,12 +107,15 @@ def test_threshold_by_false_positives(allowed, threshold, hits):
 
 
 def test_thresholds_of_thinned_data_are_those_of_all_of_it():
-    label = np.array([True] * 40 + [False] * 2)
-    prob = np.concatenate([np.linspace(0.6, 0.9, 40), [0.7, 0.1]])
+    label = np.array([True] * 40 + [False] * 41)
+    prob = np.concatenate([np.linspace(0.6, 0.9, 40), [0.703], np.full(40, 0.1)])
     rule = ThresholdRule("precision_lower_bound", 0.75)
     assert choose_threshold(prob, label, rule)[1].false_positives == 1
-    # the failure at 0.7 stands for 15: 40 of 55 is too few, so it has to stay below
-    assert choose_threshold(prob, label, rule, np.where(label, 1, 15))[1].false_positives == 0
+    # the failure at 0.703 stands for 15: 40 of 55 is too few, so it has to stay below
+    weight = np.where(prob == 0.703, 15, 1)
+    assert choose_threshold(prob, label, rule, weight)[1:] == (Counts(26, 0, 14, 41), True)
+    # all failures do: that none of 41 is called does not exclude 40 of 615, as many as there are hits
+    assert choose_threshold(prob, label, rule, np.where(label, 1, 15))[2] is False
 
 
 def test_the_interval_of_a_threshold_follows_the_rule_on_other_episodes():
@@ -145,6 +148,27 @@ def test_threshold_by_precision_bound():
     tight = choose_threshold(prob, label, ThresholdRule("precision_lower_bound", 0.85))
     assert (loose[1].true_positives, loose[1].false_positives, loose[2]) == (20, 1, True)
     assert (tight[1].true_positives, tight[1].false_positives, tight[2]) == (16, 0, True)
+
+
+def test_frames_that_look_alike_are_one_trial():
+    # 12 successful episodes of 20 equal frames, and as many failed ones, without a mistake
+    label, prob = np.repeat([True, False], 240), np.repeat([0.9, 0.1], 240)
+    rule = ThresholdRule("precision_lower_bound", 0.95)
+    assert choose_threshold(prob, label, rule)[2] is True
+    assert choose_threshold(prob, label, rule, episode=np.arange(480) // 20)[2] is False
+    known = ThresholdRule("precision_lower_bound", 12 / (12 + 1.645**2) - 1e-9)  # all of 12: n / (n + z^2)
+    assert choose_threshold(prob, label, known, episode=np.arange(480) // 20)[2] is True
+
+
+def test_a_precision_bound_holds_in_19_of_20_draws():
+    """Of the episodes that reach any threshold 10 % are failures, in 20 frames alike each."""
+    rng, rule, num_kept = np.random.default_rng(0), ThresholdRule("precision_lower_bound", 0.9001), 0
+    for _ in range(200):
+        called, episode = rng.random(60) > 0.1, np.repeat(np.arange(80), 20)
+        label = np.repeat(np.append(called, np.zeros(20, bool)), 20)
+        prob = np.where(episode < 60, 0.9, 0.1)
+        num_kept += choose_threshold(prob, label, rule, episode=episode)[2]
+    assert num_kept <= 10
 
 
 def test_an_unreachable_rule_takes_what_comes_closest_and_says_so():

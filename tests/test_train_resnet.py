@@ -103,7 +103,10 @@ def test_two_colours_are_learned_to_the_last_frame(data):
     assert meta["threshold_rule"]["counts"]["true_positives"] == 15
     low, high = meta["threshold_rule"]["interval"]
     assert low <= meta["threshold"] <= high
-    assert [len(digest) for digest in meta["data_sha256"].values()] == [64, 64]
+    digests = {
+        role: [len(digest) for digest in files.values()] for role, files in meta["data_sha256"].items()
+    }
+    assert digests == {"train": [64], "val": [64]}
 
 
 def run_script(*arguments: str) -> subprocess.CompletedProcess:
@@ -145,6 +148,9 @@ def test_the_report_of_any_checkpoint_on_any_data(data):
     assert {path.name for path in (folder / "card").iterdir()} == {"report.json", "card.png", "errors.png"}
     with pytest.raises(UserError, match="holds a report already; choose another --output-dir"):
         train_resnet.report(told[1:])
+    # before anything is loaded, let alone scored
+    with pytest.raises(UserError, match="run holds a run already; choose another --output-dir"):
+        train_resnet.report(["no such model", "no such data", "--output-dir", str(run)])
 
 
 def test_bare_weights_are_reported_when_told_what_they_are(data, capsys):

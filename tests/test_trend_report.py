@@ -24,7 +24,6 @@ from common.trend_card import (
 )
 from common.trend_report import (
     card_table,
-    held_out,
     plot_confusion,
     plot_examples,
     prevalence_of,
@@ -155,16 +154,16 @@ def test_kendall_of_episodes_that_lean(windows):
     got = trend_scores(prob, windows, np.arange(30))["kendall"]
     # 25 pairs of unlike outcome, 5 of them in the wrong order; no ties in score, 20 in outcome
     assert got["value"] == pytest.approx((20 - 5) / np.sqrt(45 * 25))
-    assert got["perfect"] == pytest.approx(25 / np.sqrt(45 * 25))
+    assert got["untied"] == pytest.approx(25 / np.sqrt(45 * 25))
     assert got["interval"][0] < got["value"] < got["interval"][1]
 
 
 def test_the_folder_of_a_report(windows, tmp_path):
     prob = score_windows(MotionScorer(), windows, np.arange(30))
     rows = report_card(MotionScorer(), windows, np.arange(30))
-    (sha256,) = windows.sha256.values()
-    card = write_card(prob, windows, np.arange(30), rows, {"data_sha256": {"x": sha256}}, tmp_path / "report")
-    assert card["held_out"] == "its validation windows, by which the checkpoint was chosen"
+    meta = {"data_sha256": {"train": {}, "val": windows.sha256}}
+    card = write_card(prob, windows, np.arange(30), rows, meta, tmp_path / "report")
+    assert card["held_out"] == "its validation windows, by which it was chosen"
     assert (card["num_episodes"], card["beats_baselines"]) == (10, True)
     assert "10 positive, 10 negative, 10 unclear (as in the file, which" in scores_table(card)
     assert "macro-F1                          1.000   1.000 to 1.000" in scores_table(card)
@@ -180,12 +179,14 @@ def test_whether_labels_are_as_often_as_they_occur_is_said(windows):
     assert prevalence_of({"natural_eval": False, "balance_labels": True}).startswith("cut to equal numbers")
 
 
-def test_windows_of_training_are_told(tmp_path):
-    folder = write_windows(tmp_path / "data")
-    train = WindowSet(str(folder / "train/segments.jsonl"))
-    assert held_out(train, {}) == "no file of its training or validation"
-    known = {"data_sha256": train.sha256}
-    assert held_out(train, known) == "careful: windows of training are among them"
+def test_the_controls_are_of_some_windows_and_say_so(windows, tmp_path):
+    """The model is not asked again what it has said of them already."""
+    prob, chosen = np.eye(3)[windows.labels], np.arange(0, 30, 2)
+    rows = report_card(MotionScorer(), windows, chosen, CONTROLS[:1], label_prob=prob[chosen][:, ::-1])
+    assert rows[0]["label_mass"] == 1.0 and rows[0]["accuracy"] < 0.5  # what it was told, not its own
+    card = write_card(prob, windows, np.arange(30), rows, {}, tmp_path / "report")
+    assert (card["num_windows"], card["num_control_windows"]) == (30, 15)
+    assert card_table(rows).startswith("15 windows ")
 
 
 def test_rows_that_tell_no_episode_have_no_intervals(tmp_path):
