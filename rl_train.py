@@ -37,7 +37,8 @@ from common.ppo import PPO, PPOConfig
 from common.prior import Prior, prior_buffer
 from common.processes import WorkerError
 from common.refresh import Refresher
-from common.reward_client import RewardClient, RewardConfig
+from common.reward_client import RewardClient
+from common.reward_config import RewardConfig
 from common.rewards import add_bootstrap, combine_reward, no_bootstrap
 from common.run import Run, RunnerConfig
 from common.runtime import UserError, pick_device, run_script, seed_everything, set_threads, versions

@@ -37,7 +37,7 @@ from common.link_keys import make_keys
 from common.live_trace import REPORTED, UNKNOWN, LiveTrace, live_metrics
 from common.log import LoggerConfig
 from common.poses import to_euler_pose
-from common.reward_client import RewardConfig
+from common.reward_config import RewardConfig
 from common.reward_link import LiveJudge, make_judge, serve_reward_model
 from common.robot_envs import Asker, RobotEnvs, check_pictures, need_camera, render_facts, rewarded_by
 from common.runtime import UserError, run_script, seed_everything, set_threads

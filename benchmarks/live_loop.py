@@ -26,7 +26,7 @@ from common.cameras import RealCameraConfig  # noqa: E402
 from common.franka import FRAME_SIZE, FrankaEnv  # noqa: E402
 from common.franka_config import FrankaConfig, FrankaTaskConfig  # noqa: E402
 from common.resnet_reward import ResNetRewardConfig, ResNetRewardModel  # noqa: E402
-from common.reward_client import RewardConfig  # noqa: E402
+from common.reward_config import RewardConfig  # noqa: E402
 from common.reward_link import make_judge  # noqa: E402
 from common.robot_envs import Asker  # noqa: E402
 

@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.link import LinkConfig, ScoreLink
 from common.link_keys import make_keys
 from common.processes import Child
-from common.reward_client import RewardConfig
+from common.reward_config import RewardConfig
 from common.reward_link import make_judge
 from common.reward_server import RewardServer
 

@@ -46,7 +46,8 @@ from common.envs import ManiSkillEnvs, Render  # noqa: E402
 from common.experience import Rollout  # noqa: E402
 from common.files import save_torch  # noqa: E402
 from common.resnet_reward import ResNetRewardConfig, ResNetRewardModel  # noqa: E402
-from common.reward_client import RewardConfig, make_reward_client  # noqa: E402
+from common.reward_client import make_reward_client  # noqa: E402
+from common.reward_config import RewardConfig  # noqa: E402
 from common.scenes import EnvConfig  # noqa: E402
 
 TASK, CONTROL_MODE = "PushCube-v1", "pd_ee_delta_pos"

@@ -40,7 +40,8 @@ from common import config  # noqa: E402
 from common.agents import build_agent  # noqa: E402
 from common.env_workers import EnvPool  # noqa: E402
 from common.envs import ManiSkillEnvs, Render  # noqa: E402
-from common.reward_client import RewardClient, RewardConfig, make_reward_client  # noqa: E402
+from common.reward_client import RewardClient, make_reward_client  # noqa: E402
+from common.reward_config import RewardConfig  # noqa: E402
 from common.rewards import no_bootstrap  # noqa: E402
 from common.sac import SAC  # noqa: E402
 

@@ -17,7 +17,8 @@ from common.env_workers import EnvPool
 from common.experience import Rollout
 from common.nets import ActorModelConfig, OptimConfig
 from common.processes import Child
-from common.reward_client import RewardConfig, make_reward_client
+from common.reward_client import make_reward_client
+from common.reward_config import RewardConfig
 from common.runtime import seed_everything
 from common.sac import SACConfig
 from common.scenes import EnvConfig

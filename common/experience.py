@@ -26,7 +26,8 @@ from common.judging import (
 )
 from common.prior import Prior, as_far_as_paid
 from common.refresh import JudgedFrames
-from common.reward_client import RewardClient, RewardConfig
+from common.reward_client import RewardClient
+from common.reward_config import RewardConfig
 from common.rewards import BootstrapType, Verdicts, combine_reward, no_bootstrap
 from common.sac import SACConfig
 

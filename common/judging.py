@@ -16,7 +16,8 @@ from common.audit import Audit, TrendAudit
 from common.envs import EnvSpec, Render
 from common.geometry import success_distance
 from common.history import HistoryBuffers, spread
-from common.reward_client import RewardClient, RewardConfig
+from common.reward_client import RewardClient
+from common.reward_config import RewardConfig
 from common.rewards import Decision, Shaping, Verdicts, WindowVerdicts, worth
 from common.trend import trend_labels
 

@@ -26,7 +26,8 @@ from common.judging import (
     pay,
 )
 from common.pixels import seen_views, state_dim, to_pixels
-from common.reward_client import RewardClient, RewardConfig
+from common.reward_client import RewardClient
+from common.reward_config import RewardConfig
 from common.rewards import BootstrapType, Shaping, combine_reward, no_bootstrap
 from common.runtime import UserError
 

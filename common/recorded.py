@@ -13,7 +13,8 @@ from common.files import load_json
 from common.history import HistoryBufferConfig
 from common.qwen_reward import HistoryVLMRewardConfig
 from common.resnet_reward import ResNetRewardConfig
-from common.reward_client import RewardClient, RewardConfig
+from common.reward_client import RewardClient
+from common.reward_config import RewardConfig
 from common.runtime import UserError
 from common.trace_page import errors, save_trace_page
 from common.trend import episode_score, evenly_spaced

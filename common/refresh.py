@@ -17,7 +17,8 @@ from torch import Tensor
 
 from common.buffers import ReplayBuffer
 from common.hard_frames import HardFrames
-from common.reward_client import RewardClient, RewardConfig
+from common.reward_client import RewardClient
+from common.reward_config import RewardConfig
 from common.rewards import worth
 from common.runtime import UserError
 

@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.reward_client import RewardClient, RewardConfig, RewardLink, make_reward_client
+from common.reward_client import RewardClient, RewardLink, make_reward_client
+from common.reward_config import RewardConfig
 from common.reward_models import OF_WINDOWS, load_reward_model
 from common.reward_server import serve
 from common.runtime import UserError

@@ -22,7 +22,8 @@ from common.files import to_json
 from common.franka import state_vector
 from common.franka_config import FrankaConfig
 from common.franka_wrappers import RewardModelSuccess
-from common.reward_client import RewardClient, RewardConfig
+from common.reward_client import RewardClient
+from common.reward_config import RewardConfig
 from common.reward_link import LiveJudge
 from common.runtime import UserError
 from common.scenes import VIEWS

@@ -18,7 +18,8 @@ import torch
 from common.devices import DevicesConfig, hid_reports
 from common.envs import Step
 from common.franka_config import FrankaConfig
-from common.reward_client import RewardClient, RewardConfig, make_reward_client
+from common.reward_client import RewardClient, make_reward_client
+from common.reward_config import RewardConfig
 from common.reward_link import make_judge
 from common.robot_envs import RobotEnvs, check_pictures, rewarded_by
 from common.scripted_operator import ScriptedOperator

@@ -12,7 +12,8 @@ from common.episodes import EpisodeWriter
 from common.franka_config import FrankaConfig
 from common.hard_frames import HardFrames
 from common.pixels import PixelObs
-from common.reward_client import RewardClient, RewardConfig, make_reward_client
+from common.reward_client import RewardClient, make_reward_client
+from common.reward_config import RewardConfig
 from common.robot_run import open_robot
 from common.scenes import VIEWS, DataCollectionConfig, EnvConfig
 from common.wrappers import EpisodeRecorder

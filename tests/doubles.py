@@ -12,7 +12,7 @@ from common import reward_client
 from common.envs import EnvSpec, Render, Step
 from common.history import HistoryBufferConfig
 from common.resnet_reward import ResNetRewardConfig
-from common.reward_client import RewardConfig
+from common.reward_config import RewardConfig
 from common.reward_models import HistoryOracleConfig
 
 RENDER = {"task": "Count", "views": {"main_images": {"fov": 1.0}, "extra_view_images": {"fov": 2.0}}}

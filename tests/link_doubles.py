@@ -14,7 +14,7 @@ from doubles import reward_config
 from torch import Tensor
 
 from common.link import LinkConfig
-from common.reward_client import RewardConfig
+from common.reward_config import RewardConfig
 from common.reward_server import RewardServer
 
 ANY_PORT = "tcp://127.0.0.1:0"

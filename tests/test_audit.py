@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, tensor
 
 from common.audit import Alarm, Audit, AuditConfig, frame_rates, gap_lower_bound
-from common.reward_client import RewardConfig
+from common.reward_config import RewardConfig
 from common.rewards import Verdicts
 
 

@@ -11,7 +11,8 @@ from common import config
 from common.evaluation import evaluate, record_traces
 from common.prior import prior_buffer
 from common.resnet_reward import ResNetRewardConfig, ResNetRewardModel, load_resnet
-from common.reward_client import RewardClient, RewardConfig
+from common.reward_client import RewardClient
+from common.reward_config import RewardConfig
 from common.reward_models import load_reward_model
 from common.rewards import Decision, reaches
 from common.runtime import UserError

@@ -12,7 +12,8 @@ from torch import Tensor, tensor
 from common import drift, resnet_reward
 from common.drift import DriftWatch, FrameStatistics
 from common.resnet_reward import ResNetRewardConfig, ResNetRewardModel, load_resnet
-from common.reward_client import RewardConfig, make_reward_client
+from common.reward_client import make_reward_client
+from common.reward_config import RewardConfig
 from common.runtime import UserError
 
 KNOWN = FrameStatistics(tensor([1.0, 0.0]), tensor([2.0, 1.0]), 1.5, [[0.4, 0.6]])

@@ -16,7 +16,8 @@ from common.experience import EpisodeStats, Replay, Rollout
 from common.nets import ActorModelConfig, OptimConfig
 from common.ppo import PPOConfig
 from common.prior import Prior, prior_buffer
-from common.reward_client import RewardClient, RewardConfig
+from common.reward_client import RewardClient
+from common.reward_config import RewardConfig
 from common.run import RunnerConfig
 from common.runtime import UserError
 from common.sac import SACConfig

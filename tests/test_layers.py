@@ -96,6 +96,7 @@ LEVELS = [
     [
         "env_workers",
         "reward_models",
+        "reward_config",
         "reward_client",
         "judging",
         "reward_server",
@@ -158,7 +159,8 @@ WITHIN_LEVEL = {
     "geometry": {"wrappers", "scripted", "envs"},
     "wire": {"link"},
     "link_keys": {"link"},
-    "reward_models": {"reward_client", "reward_link"},
+    "reward_models": {"reward_config", "reward_client", "reward_link"},
+    "reward_config": {"reward_client", "judging", "reward_server", "reward_link", "robot_envs"},
     "reward_client": {"judging", "reward_server", "reward_link", "robot_envs"},
     "reward_server": {"reward_link"},
     "scenes": {"envs", "wrappers", "pixels", "maniskill_arm", "franka_config"},

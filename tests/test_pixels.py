@@ -13,7 +13,7 @@ from common.nets import NUM_PIXEL_FEATURES, ActorModelConfig, OptimConfig, Pixel
 from common.pixels import PixelObs, seen_views, state_dim, to_pixels
 from common.ppo import PPOConfig
 from common.prior import prior_buffer
-from common.reward_client import RewardConfig
+from common.reward_config import RewardConfig
 from common.runtime import UserError
 from common.sac import SAC, SACConfig
 from common.scenes import DataCollectionConfig

@@ -12,7 +12,8 @@ from common.experience import Rollout
 from common.frames import BatchIndices
 from common.refresh import JudgedFrames
 from common.resnet_reward import ResNetRewardConfig
-from common.reward_client import RewardClient, RewardConfig
+from common.reward_client import RewardClient
+from common.reward_config import RewardConfig
 
 
 class Stricter(FakeModel):

@@ -14,7 +14,8 @@ from common import reward_client
 from common.envs import EnvSpec, Render
 from common.processes import WorkerError
 from common.resnet_reward import ResNetRewardConfig
-from common.reward_client import RING_CHUNKS, RewardClient, RewardConfig, RewardWorker, make_reward_client
+from common.reward_client import RING_CHUNKS, RewardClient, RewardWorker, make_reward_client
+from common.reward_config import RewardConfig
 from common.rewards import Verdicts
 from common.runtime import UserError
 

@@ -38,7 +38,8 @@ from common.history import HistoryBufferConfig
 from common.link import LinkConfig, ScoreLink, Served
 from common.qwen_reward import HistoryVLMRewardConfig
 from common.resnet_reward import ResNetRewardConfig, ResNetRewardModel, load_resnet
-from common.reward_client import RING_CHUNKS, RewardClient, RewardConfig, RewardLink, make_reward_client
+from common.reward_client import RING_CHUNKS, RewardClient, RewardLink, make_reward_client
+from common.reward_config import RewardConfig
 from common.reward_link import serve_reward_model
 from common.reward_server import RewardServer
 from common.runtime import UserError
@@ -471,7 +472,7 @@ SERVE = """
 import sys
 sys.path[:0] = {path!r}
 from common import reward_link
-from common.reward_client import RewardConfig
+from common.reward_config import RewardConfig
 from common.runtime import run_script
 from doubles import FakeModel
 

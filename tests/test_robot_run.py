@@ -39,7 +39,8 @@ from common.ppo import PPOConfig
 from common.prior import prior_buffer
 from common.processes import WorkerError
 from common.resnet_reward import ResNetRewardConfig, ResNetRewardModel
-from common.reward_client import RewardClient, RewardConfig
+from common.reward_client import RewardClient
+from common.reward_config import RewardConfig
 from common.reward_link import make_judge
 from common.rewards import Decision
 from common.robot_envs import rewarded_by

@@ -16,7 +16,7 @@ from common.devices import DevicesConfig, KeyboardConfig
 from common.franka_config import FrankaConfig, FrankaTaskConfig
 from common.live_trace import LiveTrace
 from common.poses import to_quat_pose
-from common.reward_client import RewardConfig
+from common.reward_config import RewardConfig
 from common.runtime import UserError
 from tests.real_doubles import ToyArm, ToyCamera
 

@@ -26,7 +26,8 @@ from common.files import save_json
 from common.history import HistoryBufferConfig
 from common.prompts import TREND_TEMPLATE, InputBuilderParams, fill
 from common.qwen_reward import HistoryVLMRewardConfig
-from common.reward_client import RewardClient, RewardConfig
+from common.reward_client import RewardClient
+from common.reward_config import RewardConfig
 from common.runtime import UserError
 from common.vlm_api import Answer, ApiConfig, ServedVLMRewardModel, label_prob_of, load_served
 
