@@ -128,20 +128,25 @@ def run_folder(name: str, folder: str) -> str:
 
 
 def run_seed(folder: str, seed: int, args: argparse.Namespace) -> list[dict]:
-    """What is not there yet of one seed. -> its rows of the CSV."""
+    """What is not there yet of one seed. -> the CSV's rows of all its runs that are done."""
     for output, command in stages(folder, seed, args).values():
         if not (ROOT / output).exists():
             run_stage(command)
     rows = []
-    for name in args.only:
+    for name in REWARDS:
         to = ROOT / run_folder(name, folder)
-        if not (to / "cpu_s.json").exists():  # written last: a run that was cut short is run anew
+        if name in args.only and not is_done(to):
             move_aside(to)
             before = children_cpu_s()
             run_stage(rl_command(name, folder, seed, args))
             save_json(children_cpu_s() - before, to / "cpu_s.json")
-        rows += run_rows(name, seed, to)
+        rows += run_rows(name, seed, to) if is_done(to) else []
     return rows
+
+
+def is_done(run: Path) -> bool:
+    """A run that was cut short is run anew: this file is written last."""
+    return (run / "cpu_s.json").exists()
 
 
 def children_cpu_s() -> float:
@@ -267,11 +272,11 @@ def draw(rows: list[dict], path: Path) -> None:
         by_seconds.set(xlabel="wall seconds, evaluations included")
         by_seconds.set_xlim(left=0)
         by_seconds.tick_params(labelleft=False)
+        if not gap.has_data():
+            gap.text(0.5, 0.5, "no ResNet among them", color=GREY, ha="center", transform=gap.transAxes)
         gap.axhline(0, color=GREY, linewidth=0.8)
         gap.set(xlabel="env steps", ylabel="hack gap: learned - true, points")
         gap.set_xlim(left=0)
-        if not gap.has_data():
-            gap.text(0.5, 0.5, "no reward model", color=GREY, ha="center", transform=gap.transAxes)
         figure.legend(*by_steps.get_legend_handles_labels(), loc="outside upper center", ncols=len(LOOKS))
         save_figure(figure, path)
 
@@ -300,7 +305,12 @@ def main() -> None:
     add = parser.add_argument
     add("--seeds", type=int, nargs="+", default=[0], help="of every stage (default: 0)")
     add(
-        "--only", nargs="+", choices=REWARDS, default=list(REWARDS), metavar="REWARD", help="some of the five"
+        "--only",
+        nargs="+",
+        choices=REWARDS,
+        default=list(REWARDS),
+        metavar="REWARD",
+        help="runs no other one now",
     )
     add("--steps", type=int, default=4000, help="env steps of each RL run (default: 4000)")
     add("--episodes", type=int, default=1600, help="of prior data, and to train both models on")
