@@ -92,7 +92,7 @@ def test_what_is_there_stays_and_the_rest_is_drawn(start, states, drawn):
 def test_what_cannot_be_drawn(start, states, drawn):
     plain = start("plain")
     for changes, message in (
-        (["--render-from"], "wants the folder"),
+        (["--render-from"], "--render-from wants a folder of episodes"),
         (["--render-from", "nowhere"], "does not exist"),
         (["--render-from", str(plain)], r"has sim_state \(0,\)"),
         (["--render-from", str(states), "env.eval.task=PullCube-v1"], "in the task 'PushCube-v1'"),

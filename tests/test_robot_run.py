@@ -202,6 +202,7 @@ class ClockedRun(Run):
     def __init__(self, **runner):
         self.runner = RunnerConfig(log_interval=0, **runner)
         self.step, self.owes_evaluation, self.evaluated = 0, False, []
+        self.hard = self.alarm = None
 
     def evaluate(self) -> None:
         self.evaluated.append(self.step)
