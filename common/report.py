@@ -328,8 +328,11 @@ def held_out(sha256: dict[str, str], meta: dict[str, Any], things: str) -> str:
 
 
 def other_pictures(different: list[str]) -> str:
-    """Of `common.rewards.differences`, to go on with after `held_out`; "" without any."""
-    return f"; careful: other pictures than it knows ({'; '.join(different)})" if different else ""
+    """The first of `common.rewards.differences`, to go on with after `held_out`; "" without any."""
+    if not different:
+        return ""
+    more = f", and {len(different) - 1} more" if different[1:] else ""
+    return f";\ncareful: other pictures than it knows ({different[0]}{more})"
 
 
 def save_figure(figure: "Figure", path: Path) -> None:

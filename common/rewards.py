@@ -222,7 +222,7 @@ def differences(
     if render is not None and meta.get("render") is not None:
         ours, theirs = _flatten(render, views), _flatten(meta["render"], views)
     if control is not None and meta.get("control"):
-        ours["freq_hz"], theirs["freq_hz"] = control.get("freq_hz"), meta["control"]["freq_hz"]
+        ours["freq_hz"], theirs["freq_hz"] = control.get("freq_hz"), meta["control"].get("freq_hz")
     return [
         f"{k}: trained on {theirs.get(k)}, here {ours.get(k)}"
         for k in sorted(ours.keys() | theirs.keys())
@@ -234,5 +234,5 @@ def _flatten(render: dict[str, Any], views: Sequence[str]) -> dict[str, Any]:
     """Only what shows in the views that the model looks at."""
     flat = {k: v for k, v in render.items() if k != "views"}
     for view in views:
-        flat |= {f"{view}.{k}": v for k, v in render["views"].get(view, {}).items()}
+        flat |= {f"{view}.{k}": v for k, v in render.get("views", {}).get(view, {}).items()}
     return flat

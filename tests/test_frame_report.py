@@ -230,7 +230,7 @@ def test_pictures_that_the_model_does_not_know_are_told(tmp_path):
     assert "careful" not in told(main_images={"width": 128}, extra_view_images={"width": 32})  # not looked at
     other = told(main_images={"width": 256})
     assert other.endswith(
-        "; careful: other pictures than it knows (main_images.width: trained on 256, here 128)"
+        ";\ncareful: other pictures than it knows (main_images.width: trained on 256, here 128)"
     )
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import tensor
 
-from common.rewards import Verdicts, add_bootstrap, combine_reward, no_bootstrap
+from common.rewards import Verdicts, add_bootstrap, combine_reward, differences, no_bootstrap
 
 NAN, INF = math.nan, math.inf
 
@@ -96,3 +96,14 @@ def test_final_value_is_read_at_ends_only():
     final_value = tensor([NAN, NAN, 30.0, NAN])
     paid = add_bootstrap(torch.zeros(4), final_value, TERMINATED, TRUNCATED, 0.5, "standard")
     assert paid.equal(tensor([0.0, 0.0, 15.0, 0.0]))
+
+
+def test_pictures_are_compared_by_what_both_sides_tell():
+    ours, theirs = {"shader": "a", "views": {"main": {"width": 64}}}, {"render": {"shader": "b"}}
+    expected = ["main.width: trained on None, here 64", "shader: trained on b, here a"]
+    assert differences(theirs, ours, None, ["main"]) == expected
+    assert differences(theirs, ours, None, []) == expected[1:]  # a camera that is not looked at
+    assert differences(theirs, None, None, ["main"]) == differences({}, ours, {"freq_hz": 10}, ["main"]) == []
+    told = theirs | {"control": {"freq_hz": 20}}
+    assert differences(told, theirs["render"], {"freq_hz": 10}, []) == ["freq_hz: trained on 20, here 10"]
+    assert differences(theirs | {"control": {"mode": "pos"}}, None, {"mode": "pos"}, []) == []  # no rate told
