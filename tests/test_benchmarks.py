@@ -24,8 +24,11 @@ def test_the_trend_demos_table_is_the_readmes(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo_trend, "ROOT", tmp_path)
     names = ("normal", "reversed, labels flipped", "frozen (last frame)")
     card = trend_metrics(np.eye(3), np.arange(3)) | {"called_positive": 0.0, "called_negative": 0.0}
-    told = {"expected": "", "beaten": None, "macro_f1_interval": None}
-    vlm = {"report_card": [{"control": name, **card, **told} for name in names], "val_metrics": card}
+    told = {"num_windows": 4, "expected": "", "beaten": None, "macro_f1_interval": None}
+    vlm = {
+        "report_card": [{"control": name, **card, **told} for name in names],
+        "val_metrics": card,
+    }
     rl = {"true_success_once": 0.5, "true_success_at_end": 0.25, "model_return": 0.0, "num_episodes": 4}
     summaries = {"collect": {"env_steps": 8}, "vlm": vlm, "vlm_last_frame": vlm, "rl": {**rl, "env_steps": 9}}
     for stage, summary in summaries.items():
