@@ -50,7 +50,7 @@ from common.wrappers import EpisodeRecorder
 PUBLISH_EVERY = 10  # updates between two handings of fresh weights to an asynchronous rollout
 
 # ----------------------------------------------------------------------------------------------------
-# Settings (`runner`: common/run.py, `reward`: common/reward_client.py, `algorithm`: common/ppo.py, sac.py)
+# Settings (`runner`: common/run.py, `reward`: common/reward_config.py, `algorithm`: common/ppo.py, sac.py)
 # ----------------------------------------------------------------------------------------------------
 
 

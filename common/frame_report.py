@@ -14,7 +14,17 @@ from common.frame_card import NUM_WORST, ScoredFrames, frame_card, worst
 from common.frames import FrameSet
 from common.log import in_red
 from common.metrics import threshold_is
-from common.report import BLUE, GREY, ORANGE, RED, STYLE, held_out, other_pictures, save_figure
+from common.report import (
+    BLUE,
+    GREY,
+    ORANGE,
+    RED,
+    STYLE,
+    draw_confusion,
+    held_out,
+    other_pictures,
+    save_figure,
+)
 from common.rewards import differences, reaches
 
 if TYPE_CHECKING:
@@ -168,20 +178,9 @@ def _draw_reliability(axes: "Axes", card: dict[str, Any]) -> None:
 def _draw_confusion(axes: "Axes", card: dict[str, Any]) -> None:
     right, false, missed, none = card["confusion"].values()
     counts = np.array([[none, false], [missed, right]])
-    share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
-    for row, column in np.ndindex(2, 2):
-        axes.text(
-            column,
-            row,
-            f"{counts[row, column]:,}\n{share[row, column]:.1%}",
-            ha="center",
-            va="center",
-            color="white" if share[row, column] > 0.6 else "black",
-        )
+    draw_confusion(axes, counts, ".1%")
     axes.set_xticks([0, 1], ["called a failure", "called a success"])
     axes.set_yticks([0, 1], ["failure", "success"], rotation=90, va="center")
-    axes.grid(visible=False)
     axes.set_title("Frames at the threshold", loc="left")
 
 

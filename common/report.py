@@ -335,6 +335,22 @@ def other_pictures(different: list[str]) -> str:
     return f";\ncareful: other pictures than it knows ({different[0]}{more})"
 
 
+def draw_confusion(axes: "Axes", counts: np.ndarray, share_format: str) -> None:
+    """counts (L, L): row the truth, column what it was called; each with its share of the row."""
+    share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    for row, column in np.ndindex(counts.shape):
+        axes.text(
+            column,
+            row,
+            f"{counts[row, column]:,}\n{share[row, column]:{share_format}}",
+            ha="center",
+            va="center",
+            color="white" if share[row, column] > 0.6 else "black",
+        )
+    axes.grid(visible=False)
+
+
 def save_figure(figure: "Figure", path: Path) -> None:
     """Write the picture in the format of its suffix, whole or not at all."""
     import matplotlib

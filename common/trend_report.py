@@ -11,7 +11,7 @@ import numpy as np
 
 from common.files import save_json
 from common.log import in_red
-from common.report import BLUE, GREY, RED, STYLE, held_out, other_pictures, save_figure
+from common.report import BLUE, GREY, RED, STYLE, draw_confusion, held_out, other_pictures, save_figure
 from common.rewards import differences
 from common.trend import LABELS
 from common.trend_card import confusion_counts, trend_metrics, trend_scores
@@ -168,21 +168,11 @@ def plot_confusion(label_prob: np.ndarray, label: np.ndarray, path: Path) -> Non
     from matplotlib.figure import Figure
 
     counts = confusion_counts(label_prob.argmax(1), label)
-    share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     card = trend_metrics(label_prob, label)
-    with matplotlib.rc_context({**STYLE, "axes.grid": False}):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(4.6, 3.6), layout="constrained")
         axes = figure.add_subplot()
-        axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
-        for row, column in np.ndindex(counts.shape):
-            axes.text(
-                column,
-                row,
-                f"{counts[row, column]}\n{share[row, column]:.0%}",
-                ha="center",
-                va="center",
-                color="white" if share[row, column] > 0.6 else "black",
-            )
+        draw_confusion(axes, counts, ".0%")
         axes.set_xticks(range(len(LABELS)), LABELS)
         axes.set_yticks(range(len(LABELS)), [f"{name}\nF1 {card[f'f1_{name}']:.2f}" for name in LABELS])
         axes.set(xlabel="the model's answer", ylabel="label")
