@@ -18,6 +18,7 @@ from common.ppo import PPOConfig
 from common.prior import Prior, prior_buffer
 from common.reward_client import RewardClient
 from common.reward_config import RewardConfig
+from common.rl_config import EnvSection
 from common.run import RunnerConfig
 from common.runtime import UserError
 from common.sac import SACConfig
@@ -226,7 +227,7 @@ def ppo_rollouts(envs: CountingEnvs, num_steps: int, total: int, bootstrap_type=
         algorithm=PPOConfig(num_steps=num_steps, gamma=0.5, bootstrap_type=bootstrap_type),
         reward=reward_config(**reward),
         runner=RunnerConfig(max_steps=total),
-        env=rl_train.EnvSection(train=EnvConfig(observe_time=True)),
+        env=EnvSection(train=EnvConfig(observe_time=True)),
     )
     run, agent = FakeRun(cfg), Recorder()
     run.client = RewardClient(cfg.reward)

@@ -43,6 +43,7 @@ from common.reward_client import RewardClient
 from common.reward_config import RewardConfig
 from common.reward_link import make_judge
 from common.rewards import Decision
+from common.rl_config import ActorSection, EnvSection
 from common.robot_envs import rewarded_by
 from common.robot_run import HelpingOperator, OperatedEnvs, open_robot
 from common.run import Run, RunnerConfig
@@ -239,7 +240,7 @@ def test_after_an_evaluation_training_begins_a_new_episode():
     """One arm: the evaluation moves it, and no transition may lead from the one to the other."""
     task = FrankaTaskConfig(target_ee_pose=TARGET)
     cfg = rl_train.Config(
-        env=rl_train.EnvSection(train=FrankaConfig(override_cfg=task)),
+        env=EnvSection(train=FrankaConfig(override_cfg=task)),
         algorithm=SACConfig(buffer_size=20, learning_starts=100),
         reward=RewardConfig(env_reward_weight=1.0),
         runner=RunnerConfig(max_steps=6),
@@ -454,14 +455,14 @@ def test_the_hold_of_the_config_is_the_one_that_counts(monkeypatch):
 
 
 def test_an_arm_has_no_windows_and_a_simulation_no_model_inside():
-    arm = rl_train.EnvSection(train=FrankaConfig(FrankaTaskConfig(target_ee_pose=TARGET)))
+    arm = EnvSection(train=FrankaConfig(FrankaTaskConfig(target_ee_pose=TARGET)))
     sac = SACConfig()
     with pytest.raises(ValueError, match="single frames are judged"):
         rl_train.Config(env=arm, algorithm=sac, reward=window_config())
     with pytest.raises(ValueError, match="standalone_realworld is for an arm"):
         rl_train.Config(algorithm=sac, reward=INSIDE)
     with pytest.raises(ValueError, match=r"env.eval is an arm, env.train is not"):
-        rl_train.Config(env=rl_train.EnvSection(eval=arm.train), algorithm=sac, reward=reward_config())
+        rl_train.Config(env=EnvSection(eval=arm.train), algorithm=sac, reward=reward_config())
 
 
 @pytest.mark.parametrize(
@@ -476,7 +477,7 @@ def test_an_arm_has_no_windows_and_a_simulation_no_model_inside():
     ],
 )
 def test_who_sees_no_pixels(changes, message):
-    actor = rl_train.ActorSection(model=ActorModelConfig(pixels=32))
+    actor = ActorSection(model=ActorModelConfig(pixels=32))
     with pytest.raises(ValueError, match=message):
         rl_train.Config(**({"algorithm": SACConfig(), "actor": actor, "reward": reward_config()} | changes))
 

@@ -21,6 +21,7 @@ from common.franka_config import FrankaConfig, FrankaTaskConfig
 from common.prior import prior_buffer
 from common.reward_client import RewardClient
 from common.rewards import Shaping, no_bootstrap
+from common.rl_config import EnvSection
 from common.sac import SACConfig
 from common.scenes import EnvConfig
 
@@ -277,7 +278,7 @@ def test_nobody_imitates_what_was_paid_most_then():
 
 def shaped_run(train: EnvConfig | FrankaConfig | None = None, **algorithm) -> rl_train.Config:
     train = train or EnvConfig(observe_time=True)
-    env = rl_train.EnvSection(train=train, eval=replace(train))
+    env = EnvSection(train=train, eval=replace(train))
     algorithm = SACConfig(**({"bootstrap_type": "none"} | algorithm))
     return rl_train.Config(env=env, algorithm=algorithm, reward=reward_config(**SHAPED))
 
