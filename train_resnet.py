@@ -62,9 +62,7 @@ class DataConfig:
     train_data_paths: str | list[str] = "logs/processed_reward_data/train.pt"
     val_data_paths: str | list[str] = "logs/processed_reward_data/val.pt"
     positive_fraction: float | None = 0.5  # of each batch; null: as in the data
-    added_fraction: float = (
-        0.25  # of each batch, frames that preprocess_resnet.py --add brought; 0: as others
-    )
+    added_fraction: float = 0.25  # of each batch: frames of preprocess_resnet.py --add; 0: drawn as others
     augment: AugmentConfig = field(default_factory=AugmentConfig)
 
     def __post_init__(self):
@@ -220,7 +218,7 @@ class Judge:
             height, width = frames.frame_size
             self.log.say(f"{name}: {len(frames)} frames of {height}x{width}, {frames.class_counts}")
         if self.cfg.actor.model.model_path is not None:
-            self.older = self._measure(self.model)
+            self.older = self._measure(self.model, score_frames(self.model, self.val_set))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *exc_info: object) -> None:
@@ -292,7 +290,7 @@ class Judge:
             "val_metrics": card,
             "beats_baselines": report["beats_baselines"],
             "class_counts": self.best["class_counts"],
-            "compared": self._compare(),
+            "compared": self._compare(best, success_prob),
             "versions": {
                 "python": platform.python_version(),
                 "torch": torch.__version__,
@@ -302,24 +300,25 @@ class Judge:
         save_json(summary, self.folder / "summary.json")
         self.log.say(f"{card_table(report)}\n{summary['seconds']:.0f} s, {self.last_step} steps")
 
-    def _compare(self) -> dict[str, Any] | None:
+    def _compare(self, best: ResNetRewardModel, success_prob: np.ndarray) -> dict[str, Any] | None:
         """The older checkpoint and the best one of this run, printed side by side. None: it began afresh."""
         if self.older is None:
             return None
-        best = load_resnet(ResNetRewardConfig(model_path=str(self.folder / "checkpoint")), self.model.device)
-        compared = {"old": self.older, "new": self._measure(best)}
+        compared = {"old": self.older, "new": self._measure(best, success_prob)}
         self.log.say(comparison(compared))
         return compared
 
-    def _measure(self, model: ResNetRewardModel) -> dict[str, Any]:
-        """At the model's own threshold; of a bare state dict, at the one that the rule chooses."""
-        success_prob, threshold = score_frames(model, self.val_set), model.threshold
+    def _measure(self, model: ResNetRewardModel, success_prob: np.ndarray) -> dict[str, Any]:
+        """success_prob: of the validation frames. At the model's own threshold; of a bare state dict, at the
+        one that the rule chooses."""
+        val, threshold = self.val_set, model.threshold
         if threshold is None:
-            threshold = choose_threshold(success_prob, self.val_set.labels, self.cfg.runner.threshold_rule)[0]
+            rule = self.cfg.runner.threshold_rule
+            threshold = choose_threshold(success_prob, val.labels, rule, val.weight, val.episode)[0]
         out = {
             "threshold": threshold,
-            "val": score_metrics(success_prob, self.val_set.labels, threshold),
-            "val_counts": asdict(counts_at(success_prob, self.val_set.labels, threshold)),
+            "val": score_metrics(success_prob, val.labels, threshold, val.weight),
+            "val_counts": asdict(counts_at(success_prob, val.labels, threshold)),  # of frames, for intervals
         }
         if (where := np.flatnonzero(self.train_set.added)).size:
             success_prob = score_frames(model, self.train_set, where)

@@ -7,6 +7,7 @@ Where no episode holds a mistake it cannot imagine one; Wilson's interval of the
 """
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 NUM_RESAMPLES = 1000
 MIN_EPISODES = 5  # fewer say nothing about others
@@ -32,14 +33,24 @@ def interval_of(values: np.ndarray) -> Interval:
     return tuple(np.quantile(values, [0.025, 0.975]).tolist()) if len(values) else None
 
 
+def wilson_lower_bound(hits: ArrayLike, trials: ArrayLike, z: float = 1.645) -> np.ndarray:
+    """Lower end of Wilson's score interval of hits / trials (z 1.645: 95 % one-sided); 0 without trials.
+
+    Wilson, "Probable inference, the law of succession, and statistical inference", JASA 1927.
+    """
+    hits, trials = np.asarray(hits, float), np.asarray(trials, float)
+    some = np.maximum(trials, 1)
+    share = hits / some
+    centre = share + z * z / (2 * some)
+    spread = z * np.sqrt(share * (1 - share) / some + z * z / (4 * some * some))
+    return np.where(trials > 0, (centre - spread) / (1 + z * z / some), 0.0)
+
+
 def wilson_interval(share: float, trials: float, z: float = 1.96) -> tuple[float, float]:
     """Wilson's score interval of a share of `trials`; (0, 1) without trials."""
-    if not trials:
-        return 0.0, 1.0
-    centre = share + z * z / (2 * trials)
-    spread = z * np.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
-    norm = 1 + z * z / trials
-    return max(float((centre - spread) / norm), 0.0), min(float((centre + spread) / norm), 1.0)
+    hits = share * trials
+    low, miss = (float(wilson_lower_bound(count, trials, z)) for count in (hits, trials - hits))
+    return max(low, 0.0), min(1 - miss, 1.0)
 
 
 def wider(first: Interval, second: Interval) -> Interval:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike
 
-from common.intervals import Interval, draw_episodes, interval_of
+from common.intervals import Interval, draw_episodes, interval_of, wilson_lower_bound
 from common.rewards import reaches
 from common.runtime import UserError
 
@@ -274,19 +274,6 @@ def threshold_is(meta: dict[str, Any], threshold: float) -> str:
     kept = "" if rule["kept"] else ", which no threshold keeps"
     sure = "" if ends is None else f", 95 % interval {ends[0]:.3f} to {ends[1]:.3f}"
     return f"chosen by {rule['rule']} {rule['value']:g}{kept}{sure}"
-
-
-def wilson_lower_bound(hits: ArrayLike, trials: ArrayLike, z: float = 1.645) -> np.ndarray:
-    """Lower end of Wilson's score interval of hits / trials (z 1.645: 95 % one-sided); 0 without trials.
-
-    Wilson, "Probable inference, the law of succession, and statistical inference", JASA 1927.
-    """
-    hits, trials = np.asarray(hits, float), np.asarray(trials, float)
-    some = np.maximum(trials, 1)
-    share = hits / some
-    centre = share + z * z / (2 * some)
-    spread = z * np.sqrt(share * (1 - share) / some + z * z / (4 * some * some))
-    return np.where(trials > 0, (centre - spread) / (1 + z * z / some), 0.0)
 
 
 def precision_at(hits: ArrayLike, false_rate: ArrayLike, failures: float) -> np.ndarray:

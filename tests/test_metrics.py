@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from common.intervals import wilson_lower_bound
 from common.metrics import (
     NUM_BINS,
     Counts,
@@ -18,7 +19,6 @@ from common.metrics import (
     score_metrics,
     threshold_interval,
     threshold_is,
-    wilson_lower_bound,
 )
 from common.runtime import UserError
 
