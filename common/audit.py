@@ -14,23 +14,26 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from common.intervals import wilson_interval
+from common.intervals import share_interval
 from common.metrics import auprc
 from common.rewards import Verdicts, WindowVerdicts
 from common.trend import LABELS, NEGATIVE, POSITIVE
 
 
-def frame_rates(group: str, success: Tensor, success_prob: Tensor, truth: Tensor) -> dict[str, float]:
+def frame_rates(
+    group: str, success: Tensor, success_prob: Tensor, truth: Tensor, episode: Tensor
+) -> dict[str, float]:
     """How M verdicts on the policy's own frames compare with the truth; each number only where there is
     something to count.
 
-    success, truth (M,) bool, success_prob (M,) float. Precision comes with its 95 % interval (Wilson, JASA
-    1927) and `num_called`, the frames it is a share of: in training these may be few.
+    success, truth (M,) bool, success_prob (M,) float, episode (M,) int64, a number for each. Precision comes
+    with its 95 % interval (`share_interval`) and `num_called`, the frames it is a share of: in training these
+    may be few.
     """
     called, hits, out = int(success.sum()), int((success & truth).sum()), {}
     if called:
         out[f"{group}/precision"] = hits / called
-        low, high = wilson_interval(hits / called, called)
+        low, high = share_interval(truth[success].numpy(), episode[success].numpy())
         out[f"{group}/precision_low"], out[f"{group}/precision_high"] = low, high
         out[f"{group}/num_called"] = called
     if truth.any():
@@ -44,18 +47,25 @@ class Audit:
     """Counts how the verdicts compare with the truth, frame by frame, since the last `metrics` call."""
 
     def __init__(self):
+        self._ended = 0  # episodes of each env, (N,) once there are any
         self._start()
 
     def _start(self) -> None:
         self.steps, self.reward_sum = 0, 0.0
-        self.frames: list[tuple[Tensor, Tensor, Tensor]] = []  # success, success_prob, truth, (M,) each
+        self.frames: list[tuple[Tensor, ...]] = []  # success, success_prob, truth, episode, (M,) each
 
     def step(self, num_env_steps: int) -> None:
         self.steps += num_env_steps
 
-    def count(self, verdicts: Verdicts, truth: Tensor) -> None:
-        """truth (M,) bool: what the simulator (or a person) says of the same frames."""
-        self.frames.append((verdicts.success.cpu(), verdicts.success_prob.cpu(), truth.cpu()))
+    def episodes(self, done: Tensor) -> Tensor:
+        """(T, N) int64: a number for the episode of each of the next T steps of N envs; done (T, N) bool."""
+        before = done.cumsum(0) - done.long() + self._ended
+        self._ended = self._ended + done.sum(0)
+        return before * done.shape[1] + torch.arange(done.shape[1])
+
+    def count(self, verdicts: Verdicts, truth: Tensor, episode: Tensor) -> None:
+        """truth (M,) bool: what the simulator (or a person) says of the same frames; episode (M,) int64."""
+        self.frames.append((verdicts.success.cpu(), verdicts.success_prob.cpu(), truth.cpu(), episode))
         self.reward_sum += float(verdicts.model_reward.sum())
 
     def metrics(self, group: str = "reward") -> dict[str, float]:
@@ -64,14 +74,14 @@ class Audit:
         Nothing, and nothing forgotten, while no frame has been scored: episodes may be longer than the time
         between two calls, and every env step counts once in the rate of false positives.
         """
-        scored = sum(len(truth) for _, _, truth in self.frames)
+        scored = sum(len(truth) for _, _, truth, _ in self.frames)
         if not scored:
             return {}
-        success, success_prob, truth = (torch.cat(column) for column in zip(*self.frames, strict=True))
+        success, success_prob, truth, episode = map(torch.cat, zip(*self.frames, strict=True))
         out = {
             f"{group}/false_positives_per_1000_steps": 1000 * int((success & ~truth).sum()) / self.steps,
             f"{group}/model_reward_mean": self.reward_sum / scored,
-            **frame_rates(group, success, success_prob.nan_to_num(0.0), truth),
+            **frame_rates(group, success, success_prob.nan_to_num(0.0), truth, episode),
         }
         self._start()
         return out

@@ -41,8 +41,9 @@ class Evaluation:
     env_return: np.ndarray  # float: sum of env_reward
     model_return: np.ndarray  # float: sum of what the reward model paid for windows, bonus left out
     progress: np.ndarray  # float: metres closer to success, last step against first; nan without a rule
-    # of the M frames that were judged (none: nobody judged, or windows): success_prob, verdict, truth
-    frames: tuple[Tensor, Tensor, Tensor] | None
+    # of the M frames that were judged (none: nobody judged, or windows): success_prob, verdict, truth, and a
+    # number for each episode
+    frames: tuple[Tensor, Tensor, Tensor, Tensor] | None
     first_mistake: Mistake | None  # the earliest false positive, in env steps
     num_steps: int
     last_frame_only: bool  # reward_mode terminal
@@ -68,8 +69,8 @@ class Evaluation:
             out["eval/fooled"] = float((learned & ~truth).mean())
             out["eval/missed"] = float((truth & ~learned).mean())
             out["eval/false_positives_per_1000_steps"] = 1000 * self.false_positives / self.num_steps
-            success_prob, success, frame_truth = self.frames
-            out |= frame_rates("eval", success, success_prob, frame_truth)
+            success_prob, success, frame_truth, episode = self.frames
+            out |= frame_rates("eval", success, success_prob, frame_truth, episode)
         if not np.isnan(self.model_return).any():
             out["eval/model_return"] = float(self.model_return.mean())
             if self.model_return.std() > 0 and self.progress.std() > 0:  # false for nan
@@ -79,7 +80,7 @@ class Evaluation:
     @property
     def false_positives(self) -> int:
         """Frames judged a success that were none."""
-        _, success, truth = self.frames
+        _, success, truth, _ = self.frames
         return int((success & ~truth).sum())
 
     @property
@@ -158,7 +159,7 @@ def _by_episode(
     frames, of_windows = "verdict" in said, "paid" in said
     columns = ("once", "at_end", "learned", "score", "env_return", "model_return", "progress")
     episodes: dict[str, list[float]] = {name: [] for name in columns}
-    judged: list[tuple[Tensor, Tensor, Tensor]] = []
+    judged: list[tuple[Tensor, ...]] = []
     mistakes: list[tuple[int, Mistake]] = []  # the first one of each env, after when
     num_steps = 0
     for env in range(num_envs):
@@ -175,7 +176,8 @@ def _by_episode(
                 row["learned"] = float(verdict[-1] if last_only else verdict.any())
                 row["score"] = float(prob[-1] if last_only else prob.max())
                 seen = ~prob.isnan()
-                judged.append((prob[seen], verdict[seen], truth[seen]))
+                this = torch.full((int(seen.sum()),), len(judged))
+                judged.append((prob[seen], verdict[seen], truth[seen], this))
                 wrong = (verdict & ~truth).nonzero().squeeze(1).tolist()
                 if wrong and (not mistakes or mistakes[-1][1].env != env):
                     mistakes.append((start + wrong[0], Mistake(env, number, wrong[0] + 1)))

@@ -123,7 +123,8 @@ class Rollout:
         verdict, learned = torch.zeros(slots), torch.zeros(slots, dtype=torch.bool)
         if self.inside:
             learned, prob = (step.info[name].cpu() for name in ("learned_success", "success_prob"))
-            self.audit.count(Verdicts(torch.arange(slots), prob, learned, step.env_reward.cpu()), success)
+            verdicts = Verdicts(torch.arange(slots), prob, learned, step.env_reward.cpu())
+            self.audit.count(verdicts, success, self.audit.episodes(done[None])[0])
             if self.hard is not None:
                 self.hard.keep(step.frames, step.frame_ids, prob, learned, step.info, done)
         self._fresh.append(

@@ -60,6 +60,20 @@ def wider(first: Interval, second: Interval) -> Interval:
     return min(first[0], second[0]), max(first[1], second[1])
 
 
+def share_interval(hit: np.ndarray, episode: np.ndarray) -> tuple[float, float]:
+    """95 % interval of the share of hits among frames; hit (M,) bool, episode (M,) int: frames of one
+    episode have the same number.
+
+    What holds the bootstrap's interval and Wilson's of all frames; of too few episodes for a bootstrap
+    Wilson's, as if each of them were a single frame.
+    """
+    _, episode = np.unique(episode, return_inverse=True)
+    share, num_episodes = float(hit.mean()), int(episode.max()) + 1
+    sums = draw_episodes(num_episodes) @ per_episode(episode, num_episodes, hit, ~hit)  # (R, 2)
+    resampled = interval_of(sums[:, 0] / sums.sum(1))
+    return wider(resampled, wilson_interval(share, len(hit))) or wilson_interval(share, num_episodes)
+
+
 def resampled_ranking(
     score: np.ndarray, label: np.ndarray, weight: np.ndarray, episode: np.ndarray, drawn: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:

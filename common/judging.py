@@ -169,13 +169,15 @@ def hear(
     if client.cfg.of_windows:
         asked = torch.stack([look.lengths for look in looks]) > 0
         paid, learned = torch.where(asked, score, 0.0), torch.zeros(shape, dtype=torch.bool)
+        for verdicts in heard:
+            audit.count(verdicts, truth.view(-1)[verdicts.keys])
     else:
         learned = decision(score, done, allowed)
         paid = worth(score, learned)
-        flat = [x.view(-1) for x in (score, learned, paid)]
-        heard = [Verdicts(verdicts.keys, *(x[verdicts.keys] for x in flat)) for verdicts in heard]
-    for verdicts in heard:
-        audit.count(verdicts, truth.view(-1)[verdicts.keys])
+        flat = [x.view(-1) for x in (score, learned, paid, truth, audit.episodes(done))]
+        for keys in (verdicts.keys for verdicts in heard):
+            *said, true, episode = (x[keys] for x in flat)
+            audit.count(Verdicts(keys, *said), true, episode)
     return Heard(paid, learned, score)
 
 

@@ -52,7 +52,7 @@ _WINDOWS = {
 _FRAMES = {
     "auprc": Tag("area under the precision-recall curve of the frames scored", "auprc", ".3f"),
     "precision": Tag("share of the frames called a success that are one"),
-    "precision_low": Tag("lower end of its 95 % interval (Wilson)"),
+    "precision_low": Tag("lower end of its 95 % interval, over episodes"),
     "precision_high": Tag("upper end of it"),
     "num_called": Tag("frames called a success, of which the precision is a share"),
     "recall": Tag("share of the successes scored that are called one"),

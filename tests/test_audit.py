@@ -19,7 +19,7 @@ def judge(prob: list[float], threshold: float) -> Verdicts:
 def audit_of(prob: list[float], truth: Tensor, steps: int) -> Audit:
     audit = Audit()
     audit.step(steps)
-    audit.count(judge(prob, 0.5), truth)
+    audit.count(judge(prob, 0.5), truth, torch.arange(len(prob)))
     return audit
 
 
@@ -41,7 +41,7 @@ def test_audit_counts_each_kind_of_verdict():
 def test_audit_adds_up_and_starts_anew():
     audit = audit_of([1.0], tensor([True]), 10)
     audit.step(10)
-    audit.count(judge([1.0, 1.0], 0.5), tensor([True, False]))
+    audit.count(judge([1.0, 1.0], 0.5), tensor([True, False]), tensor([1, 2]))
     assert audit.metrics("prior")["prior/precision"] == 2 / 3
     assert audit.metrics() == {}
 
@@ -60,21 +60,29 @@ def test_steps_before_the_first_verdict_count_too():
     audit.step(30)
     assert audit.metrics() == {}
     audit.step(10)
-    audit.count(judge([1.0], 0.5), tensor([False]))
+    audit.count(judge([1.0], 0.5), tensor([False]), tensor([0]))
     assert audit.metrics()["reward/false_positives_per_1000_steps"] == 1000 / 40
 
 
-def test_precision_comes_with_wilsons_interval():
-    """9 of 10, z = 1.96: (p + z^2/2n +- z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n)."""
+def test_precision_comes_with_an_interval():
+    """9 of 10, an episode each, z = 1.96: Wilson's (p + z^2/2n - z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n)
+    below; above, some bootstrap sample holds no mistake."""
     success, truth = torch.ones(10, dtype=torch.bool), torch.arange(10) > 0
-    rates = frame_rates("eval", success, torch.linspace(0.5, 1, 10), truth)
+    rates = frame_rates("eval", success, torch.linspace(0.5, 1, 10), truth, torch.arange(10))
     z2 = 1.96**2
     spread = math.sqrt(z2) * math.sqrt(0.9 * 0.1 / 10 + z2 / 400)
-    low, high = ((0.9 + z2 / 20 + sign * spread) / (1 + z2 / 10) for sign in (-1, 1))
-    assert rates["eval/precision_low"] == pytest.approx(low, abs=1e-6)
-    assert rates["eval/precision_high"] == pytest.approx(high, abs=1e-6)
+    assert rates["eval/precision_low"] == pytest.approx((0.9 + z2 / 20 - spread) / (1 + z2 / 10), abs=1e-6)
+    assert rates["eval/precision_high"] == 1
     assert (rates["eval/precision"], rates["eval/num_called"]) == (0.9, 10)
     assert rates["eval/auprc"] == 1.0  # the only failure has the lowest score
+
+
+def test_steps_are_numbered_by_episode_across_calls():
+    """Two envs; the first one's episodes end at its steps 2 and 3, the second one's at step 4."""
+    audit = Audit()
+    first = audit.episodes(tensor([[False, False], [True, False], [True, False]]))
+    second = audit.episodes(tensor([[False, True], [False, False]]))
+    assert torch.cat([first, second]).T.tolist() == [[0, 0, 2, 4, 4], [1, 1, 1, 1, 3]]
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from common.intervals import (
     interval_of,
     per_episode,
     resampled_ranking,
+    share_interval,
     wider,
     wilson_interval,
 )
@@ -37,6 +38,27 @@ def test_wilson_interval_against_its_closed_form():
     assert wilson_interval(0.0, 0) == (0.0, 1.0)
     assert wider((0.4, 0.5), (0.45, 0.6)) == (0.4, 0.6)
     assert wider(None, (0, 1)) is None
+
+
+def test_a_share_of_frames_is_as_sure_as_the_episodes_make_it():
+    """In each of 300 worlds 30 episodes of 10 frames that are nearly all right or nearly all wrong."""
+    rng, covered, by_frames = np.random.default_rng(0), 0, 0
+    episode, num_worlds = np.repeat(np.arange(30), 10), 300
+    for _ in range(num_worlds):
+        right = rng.beta(0.8, 0.2, 30)  # 0.8 on average
+        hit = rng.random(300) < right[episode]
+        low, high = share_interval(hit, episode)
+        covered += low <= 0.8 <= high
+        low, high = wilson_interval(hit.mean(), 300)
+        by_frames += low <= 0.8 <= high
+    assert covered / num_worlds > 0.9
+    assert by_frames / num_worlds < 0.7
+
+
+def test_a_share_of_few_episodes_or_without_a_mistake():
+    hit = np.ones(40, bool)
+    assert share_interval(hit, np.repeat([7, 3], 20)) == wilson_interval(1.0, 2)  # too few to draw from
+    assert share_interval(hit, np.repeat(np.arange(10), 4)) == wilson_interval(1.0, 40)
 
 
 @pytest.mark.parametrize("chunk", [1 << 25, 1])
