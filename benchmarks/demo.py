@@ -137,10 +137,10 @@ def run_seeds(
         if args.controls:
             rows[-1]["controls"] = run_controls(folder, seed)
         print_report(folder, rows[-1])
+        if args.seeds:
+            save_json(rows, ROOT / "benchmarks" / "results" / f"{Path(plain).name}.json")
     if args.seeds or args.controls:
         print_table(rows)
-    if args.seeds:
-        save_json(rows, ROOT / "benchmarks" / "results" / f"{Path(plain).name}.json")
 
 
 def print_report(folder: str, summary: dict) -> None:

@@ -106,6 +106,7 @@ def run_seed(folder: str, seed: int, prior: str, task: str) -> dict:
         load_json(ROOT / folder / stage / "summary.json") for stage in ("collect", "resnet", "rl")
     )
     kept = ("true_success_once", "true_success_at_end", "learned_success", "hack_gap", "num_episodes")
+    kept += ("precision", "precision_low", "precision_high")  # of the verdicts on those episodes
     summary = {
         "seed": seed,
         **{name: rl[name] for name in kept},
@@ -161,7 +162,8 @@ def print_report(folder: str, summary: dict) -> None:
 
 def print_table(rows: list[dict]) -> None:
     """Markdown, for the README; success once / at the end."""
-    columns = ("seed", "prior succeeds", "AUPRC", "true success", "gap, points", *CONTROLS, "seconds")
+    columns = ("seed", "prior succeeds", "AUPRC", "true success", "gap, points", "precision on policy")
+    columns += (*CONTROLS, "seconds")
     print(f"\n| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     for row in rows:
         controls = row.get("controls", {})
@@ -172,6 +174,7 @@ def print_table(rows: list[dict]) -> None:
             f"{row['classifier']['auprc']:.3f}",
             f"{row['true_success_once']:.2f} / {row['true_success_at_end']:.2f}",
             f"{row['hack_gap']:+.1f}",
+            f"{row['precision']:.3f} ({row['precision_low']:.3f} to {row['precision_high']:.3f})",
             *told,
             f"{row['seconds']['all']:.0f}",
         ]
