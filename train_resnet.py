@@ -32,18 +32,11 @@ from tqdm import tqdm
 from common import config
 from common.drift import FrameStatistics
 from common.files import new_run_dir, save_json
-from common.frame_report import card_table, write_card
+from common.frame_card import ScoredFrames, frame_card
+from common.frame_report import card_table, side_by_side, write_card
 from common.frames import AugmentConfig, BatchIndices, FrameSet, augment, check_same_cameras, load_frames
-from common.intervals import wilson_interval
 from common.log import LoggerConfig, RunLog
-from common.metrics import (
-    Counts,
-    ThresholdRule,
-    choose_threshold,
-    counts_at,
-    score_metrics,
-    threshold_interval,
-)
+from common.metrics import ThresholdRule, choose_threshold, counts_at, score_metrics, threshold_interval
 from common.ranks import Ranks
 from common.report import new_report_dir, parse_report_args, report_parser
 from common.resnet_reward import ResNetRewardConfig, ResNetRewardModel, load_resnet
@@ -305,7 +298,7 @@ class Judge:
         if self.older is None:
             return None
         compared = {"old": self.older, "new": self._measure(best, success_prob)}
-        self.log.say(comparison(compared))
+        self.log.say(side_by_side(**compared))
         return compared
 
     def _measure(self, model: ResNetRewardModel, success_prob: np.ndarray) -> dict[str, Any]:
@@ -315,49 +308,12 @@ class Judge:
         if threshold is None:
             rule = self.cfg.runner.threshold_rule
             threshold = choose_threshold(success_prob, val.labels, rule, val.weight, val.episode)[0]
-        out = {
-            "threshold": threshold,
-            "val": score_metrics(success_prob, val.labels, threshold, val.weight),
-            "val_counts": asdict(counts_at(success_prob, val.labels, threshold)),  # of frames, for intervals
-        }
+        card = frame_card(ScoredFrames.of(val, success_prob), threshold)
+        out = {"threshold": threshold, "scores": card["scores"], "added": None}
         if (where := np.flatnonzero(self.train_set.added)).size:
             success_prob = score_frames(model, self.train_set, where)
-            out["added_counts"] = asdict(counts_at(success_prob, self.train_set.labels[where], threshold))
+            out["added"] = asdict(counts_at(success_prob, self.train_set.labels[where], threshold))
         return out
-
-
-def comparison(compared: dict[str, dict[str, Any]]) -> str:
-    """A table of old and new: on the same validation frames, which neither has learned from, and on the added
-    frames, which the new one has. Intervals are Wilson's, of 95 %."""
-    counts = {name: Counts(**row["val_counts"]) for name, row in compared.items()}
-    success = counts["old"].true_positives + counts["old"].false_negatives
-    fail = counts["old"].false_positives + counts["old"].true_negatives
-    head = f"{'':4} {'threshold':>9} {'AUPRC':>7} {'precision':>21} {'recall':>21} {'FP/1000':>21}"
-    lines = [f"validation: {success} success and {fail} fail frames, the same for both", head]
-    for name, c in counts.items():
-        called = c.true_positives + c.false_positives
-        shown = [_with_interval(c.true_positives, n) for n in (called, success)]
-        shown.append(_with_interval(c.false_positives, fail, per=1000))
-        row = compared[name]
-        cells = " ".join(f"{text:>21}" for text in shown)
-        lines.append(f"{name:4} {row['threshold']:9.3f} {row['val']['auprc']:7.4f} {cells}")
-    for name, row in compared.items():
-        if "added_counts" in row:
-            c = Counts(**row["added_counts"])
-            lines.append(
-                f"{name:4} added frames, learned from by the new one: {c.false_positives} of "
-                f"{c.false_positives + c.true_negatives} failures called a success, {c.false_negatives} of "
-                f"{c.false_negatives + c.true_positives} successes missed"
-            )
-    return "\n".join(lines)
-
-
-def _with_interval(hits: int, trials: int, per: int = 1) -> str:
-    if not trials:
-        return "-"
-    low, high = wilson_interval(hits / trials, trials)
-    shape = ".3f" if per == 1 else ".1f"
-    return f"{per * hits / trials:{shape}} [{per * low:{shape}}, {per * high:{shape}}]"
 
 
 def score_frames(

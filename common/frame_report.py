@@ -68,12 +68,42 @@ def card_table(card: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def side_by_side(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """Two models on the same validation frames, which neither has learned from, and on the frames that were
+    added to the training data, which the new one has.
+
+    old, new: `threshold`, `scores` of a `frame_card`, and `added`: `metrics.Counts` as a dict, or None.
+    """
+    lines = [
+        f"{'the same validation frames':<26}{'old':<30}new",
+        f"{'threshold':<26}{old['threshold']:<30.3f}{new['threshold']:.3f}",
+    ]
+    for name in SCORES:
+        if name in old["scores"]:
+            cells = ["{} ({})".format(*_texts(name, model["scores"][name])) for model in (old, new)]
+            lines.append(f"{SCORES[name]:<26}{cells[0]:<30}{cells[1]}")
+    for title, model in (("old", old), ("new", new)):
+        if model["added"] is not None:
+            found, false, missed, named = model["added"].values()
+            lines.append(
+                f"added frames, learned from by the new model: {title} calls {false} of {false + named} "
+                f"failures a success and misses {missed} of {missed + found} successes"
+            )
+    return "\n".join(lines)
+
+
 def _shown(name: str, entry: dict[str, Any]) -> str:
+    value, interval = _texts(name, entry)
+    untied = f"   (all pairs right, no ties: {entry['untied']:.3f})" if "untied" in entry else ""
+    return f"{value:>8}   {interval}{untied}"
+
+
+def _texts(name: str, entry: dict[str, Any]) -> tuple[str, str]:
+    """(value, interval)"""
     scale, form = (1000, ".1f") if name == "false_positive_rate" else (1, ".3f")
     ends = entry["interval"]
     interval = "unknown" if ends is None else " to ".join(format(scale * end, form) for end in ends)
-    untied = f"   (all pairs right, no ties: {entry['untied']:.3f})" if "untied" in entry else ""
-    return f"{format(scale * entry['value'], form):>8}   {interval}{untied}"
+    return format(scale * entry["value"], form), interval
 
 
 # ----------------------------------------------------------------------------------------------------

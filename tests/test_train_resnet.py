@@ -216,18 +216,13 @@ def test_old_and_new_stand_side_by_side(data, capsys):
     train(folder, f"actor.model.model_path={first / 'checkpoint'}", *more, "runner.val_check_interval=20")
     compared = json.loads((folder / "second" / "summary.json").read_text())["compared"]
     fooled = int((old.score({"main_images": torch.stack(blue)}) >= old.threshold).sum())
-    assert compared["old"]["added_counts"]["false_positives"] == fooled
+    assert compared["old"]["added"]["false_positives"] == fooled
     assert compared["old"]["threshold"] == old.threshold
-    assert (
-        compared["new"]["added_counts"]["false_positives"] + compared["new"]["added_counts"]["true_negatives"]
-        == 6
-    )
+    assert compared["new"]["added"]["false_positives"] + compared["new"]["added"]["true_negatives"] == 6
+    assert compared["new"]["scores"]["recall"]["interval"] == pytest.approx([0.796, 1], abs=1e-3)  # 15 of 15
     out = capsys.readouterr().out
-    assert "validation: 15 success and 45 fail frames, the same for both" in out
-    assert f"old  added frames, learned from by the new one: {fooled} of 6 failures called a success" in out
-    assert re.search(
-        r"new +0\.\d+ +1\.0000 +1\.000 \[0\.796, 1\.000\] +1\.000 \[0\.796, 1\.000\]", out
-    )  # 15 of 15
+    assert f"by the new model: old calls {fooled} of 6 failures a success and misses 0 of 0 successes" in out
+    assert re.search(r"recall +[01]\.\d+ \(.*\) +1\.000 \(0\.796 to 1\.000\)", out)
 
 
 def test_ctrl_c_leaves_the_best_checkpoint_and_says_so(data, monkeypatch, capsys):
