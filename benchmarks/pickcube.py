@@ -10,10 +10,10 @@ workflow, each printed before it runs, and collects their numbers in `logs/pickc
 `logs/pickcube` is moved aside, never overwritten. With several seeds every stage is run anew for each one, in
 `logs/pickcube-seed<N>`, and the table is written to `benchmarks/results/pickcube.json` too.
 
-`--controls` adds runs on the same data. Two end before their first step in the env, and only imitate: the
-episodes that the reward model pays, or all of them. One each is paid nothing, by true sparse success (the
+`--controls` adds runs on the same data. Two only imitate, without Q, and end with the updates on prior data:
+the episodes that the reward model pays, or all of them. One each is paid nothing, by true sparse success (the
 upper bound), by scores shuffled among frames, and on the last frame of each episode (`terminal`). `few` and
-`none` are paid as always, but the prior data is 20 scripted episodes, or nothing.
+`none` are paid as always, by the same classifier, but RL has 20 scripted episodes of prior data, or none.
 """
 
 import sys
@@ -43,18 +43,18 @@ TASKS = {  # what differs from PickCube, and the label
         "success",
     ),
 }
-ONLY_IMITATE = ["runner.max_steps=2"]
+# Before the first env step; next to this coefficient Q counts for nothing, and Adam knows no scale.
+ONLY_IMITATE = ["runner.max_steps=2", "algorithm.imitation_coef=10000"]
 CONTROLS = {
     "nothing": ["reward.reward_weight=0"],
     "imitation": ONLY_IMITATE,
     "imitation of all": [*ONLY_IMITATE, "reward.reward_threshold=0", *SINGLE_FRAMES],
     "truth": ["reward.use_reward_model=false", "reward.env_reward_weight=0.05"],
-    "shuffled": ["reward.shuffle_scores=true"],
+    "shuffled": ["reward.shuffle_scores=true", *SINGLE_FRAMES],  # two in a row would hardly ever be paid
     "terminal": [
         "reward.reward_mode=terminal",
         "algorithm.bootstrap_type=none",  # the reward comes on the last step of a fixed horizon
-        "reward.hold_k=1",
-        "reward.hold_n=1",
+        *SINGLE_FRAMES,
         "reward.reward_weight=1",
     ],
     "few": [],
@@ -106,10 +106,11 @@ def run_seed(folder: str, seed: int, prior: str, task: str) -> dict:
         load_json(ROOT / folder / stage / "summary.json") for stage in ("collect", "resnet", "rl")
     )
     kept = ("true_success_once", "true_success_at_end", "learned_success", "hack_gap", "num_episodes")
-    kept += ("precision", "precision_low", "precision_high")  # of the verdicts on those episodes
+    of_verdicts = ("precision", "precision_low", "precision_high")  # on those episodes; none: none was called
     summary = {
         "seed": seed,
         **{name: rl[name] for name in kept},
+        **{name: rl.get(name) for name in of_verdicts},
         "prior_success_once": collect["num_successes"] / collect["num_episodes"],
         "classifier": resnet["val_metrics"],
         "seconds": seconds,
@@ -174,7 +175,9 @@ def print_table(rows: list[dict]) -> None:
             f"{row['classifier']['auprc']:.3f}",
             f"{row['true_success_once']:.2f} / {row['true_success_at_end']:.2f}",
             f"{row['hack_gap']:+.1f}",
-            f"{row['precision']:.3f} ({row['precision_low']:.3f} to {row['precision_high']:.3f})",
+            "{precision:.3f} ({precision_low:.3f} to {precision_high:.3f})".format(**row)
+            if row["precision"] is not None
+            else "-",
             *told,
             f"{row['seconds']['all']:.0f}",
         ]

@@ -116,7 +116,7 @@ class Refresher:
             f"runner.max_steps={self.cfg.refresh_steps}",
             f"runner.val_check_interval={self.cfg.refresh_steps}",  # so that the last step is what is kept
         )
-        table = told[told.rindex("validation: ") :] if "validation: " in told else told
+        table = told[told.index("the same validation frames") :]
         self.say(f"step {step:,}: the reward model has learned from {self.num_learned} hard frames\n{table}")
         self.client.swap(str(run / "checkpoint"))
         return True

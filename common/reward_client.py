@@ -132,7 +132,8 @@ class RewardClient:
         return Decision(self.threshold, num_envs, **rule)
 
     def _shuffled(self, verdicts: Verdicts | WindowVerdicts) -> Verdicts | WindowVerdicts:
-        """The same frames with scores of others: as many successes as before, in the wrong places."""
+        """The same frames with scores of others: as many that reach the threshold, in the wrong places; so
+        several in a row (`hold_k`) are rarer."""
         windows = isinstance(verdicts, WindowVerdicts)
         rows = []
         for row in verdicts.label_prob if windows else verdicts.success_prob:
