@@ -36,7 +36,7 @@ from common.refresh import Refresher
 from common.reward_client import RewardClient
 from common.rewards import add_bootstrap, combine_reward, no_bootstrap
 from common.rl_config import Config
-from common.run import Run
+from common.run import TRAIN_SEED, Run
 from common.runtime import UserError, pick_device, run_script, seed_everything, set_threads, versions
 from common.sac import SAC
 from common.worlds import keep_hard, open_arm, open_simulation
@@ -58,7 +58,7 @@ def train_ppo(cfg: Config, run: Run, agent: PPO, envs, client: RewardClient | No
     )
     decision = None if client is None else client.decision(n)
     shaping = make_shaping(cfg.reward, algorithm.gamma, watch.num_slots)
-    obs = envs.reset(cfg.runner.seed + run.step)
+    obs = envs.reset(TRAIN_SEED + cfg.runner.seed + run.step)
     while run.running:
         steps, looks, infos = [], [], []
         for t in range(algorithm.num_steps):
@@ -170,7 +170,7 @@ def train_sac(cfg: Config, run: Run, agent: SAC, envs, client: RewardClient | No
     memory = refresher.memory if refresher is not None else None
     parts = cfg.reward, algorithm.bootstrap_type, algorithm.gamma, run.hard, memory
     rollout = Rollout(envs, client, *parts)
-    rollout.reset(cfg.runner.seed + run.step)
+    rollout.reset(TRAIN_SEED + cfg.runner.seed + run.step)
     updates_owed, losses = 0.0, {}
     while run.running:
         action = agent.act(rollout.obs)
@@ -221,7 +221,7 @@ def train_sac_async(cfg: Config, run: Run, agent: SAC, client: RewardClient | No
         algorithm=cfg.algorithm,
         model=cfg.actor.model,
         optim=cfg.actor.optim,
-        seed=cfg.runner.seed + run.step,
+        seed=TRAIN_SEED + cfg.runner.seed + run.step,
         random_steps=max(0, cfg.algorithm.learning_starts - run.step),
         log_interval=cfg.runner.log_interval,
     )

@@ -16,8 +16,9 @@ from common.runtime import UserError
 from common.trace_page import save_trace_page
 from common.video import save_video
 
-# Evaluation during training, the final one and the video never see the episodes of training or of each other.
-EVAL_SEED, FINAL_SEED, VIDEO_SEED = 10**9, 2 * 10**9, 3 * 10**9  # training's: run seed + step resumed at
+# Training, its evaluations, the final one and the video: none begins where another does, nor where collect.py
+# has recorded with the same seed. Training's: TRAIN_SEED + run seed + step resumed at.
+EVAL_SEED, FINAL_SEED, VIDEO_SEED, TRAIN_SEED = 10**9, 2 * 10**9, 3 * 10**9, 4 * 10**9
 
 
 @dataclass
