@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from common.intervals import share_interval
+from common.intervals import draw_episodes, per_episode, share_interval
 from common.metrics import auprc
 from common.rewards import Verdicts, WindowVerdicts
 from common.trend import LABELS, NEGATIVE, POSITIVE
@@ -33,7 +34,9 @@ def frame_rates(
     called, hits, out = int(success.sum()), int((success & truth).sum()), {}
     if called:
         out[f"{group}/precision"] = hits / called
-        low, high = share_interval(truth[success].numpy(), episode[success].numpy())
+        _, number = np.unique(episode[success].numpy(), return_inverse=True)
+        table = per_episode(number, number.max() + 1, truth[success].numpy(), np.ones(called))
+        low, high = share_interval(*table.T, draw_episodes(len(table)))
         out[f"{group}/precision_low"], out[f"{group}/precision_high"] = low, high
         out[f"{group}/num_called"] = called
     if truth.any():

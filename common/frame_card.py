@@ -16,8 +16,8 @@ from common.intervals import (
     interval_of,
     per_episode,
     resampled_ranking,
+    share_interval,
     wider,
-    wilson_interval,
 )
 from common.rewards import reaches
 
@@ -62,9 +62,8 @@ class ScoredFrames:
 def frame_card(scored: ScoredFrames, threshold: float) -> dict[str, Any]:
     """All numbers of the card.
 
-    `scores`: name -> {"value", "interval"}; intervals are [low, high] or null (`common.intervals`), that of a
-    share at least as wide as Wilson's, since no episode drawn anew shows a mistake that none of them holds,
-    and precision's as wide as the false-positive rate's allows.
+    `scores`: name -> {"value", "interval"}; intervals are [low, high] or null (`common.intervals`), that of
+    precision as wide as the false-positive rate's allows.
     `confusion`: counts of frames as they are in the data; everything else weighs them (`FrameSet.weight`).
     `baselines`: what the clock, the light and a constant reach by AUPRC.
     """
@@ -113,17 +112,16 @@ def _shares(
     called = reaches(scored.success_prob, threshold)
     label, weight = scored.label, scored.weight
     cells = (called & label, called & ~label, ~called & label, ~called & ~label)
-    sums = drawn @ per_episode(episode, drawn.shape[1], *(cell * weight for cell in cells))  # (R, 4)
+    sums = per_episode(episode, drawn.shape[1], *(cell * weight for cell in cells))  # (E, 4)
     shares = {}
     for name, value, (part, rest) in (
         ("precision", counts.precision, (0, 1)),
         ("recall", counts.recall, (0, 2)),
         ("false_positive_rate", counts.fp_per_1000 / 1000, (1, 3)),
     ):
-        with np.errstate(invalid="ignore"):
-            resampled = sums[:, part] / (sums[:, part] + sums[:, rest])
-        trials = sum(list(asdict(plain).values())[cell] for cell in (part, rest))  # frames that were seen
-        shares[name] = _entry(value, wider(interval_of(resampled), wilson_interval(value, trials)))
+        known = len(drawn) > 0  # which frames are of one episode, and there are enough of them
+        interval = share_interval(sums[:, part], sums[:, part] + sums[:, rest], drawn) if known else None
+        shares[name] = _entry(value, interval)
     ends, (_, highest) = shares["precision"]["interval"], shares["false_positive_rate"]["interval"] or (0, 0)
     if ends is not None:
         # were as many failures called as their own interval allows; a failure that was kept stands for others

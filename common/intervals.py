@@ -3,7 +3,8 @@
 Frames of one episode look alike: fifty of them are nearer to one observation than to fifty. So the bootstrap
 draws whole episodes, with replacement (Efron and Tibshirani, "An Introduction to the Bootstrap", 1993,
 chapters 8 and 13), and what it says is how far the figure would move with other episodes of the same kind.
-Where no episode holds a mistake it cannot imagine one; Wilson's interval of the counts can.
+Where no episode holds a mistake it cannot imagine one; Wilson's interval can, and there too an episode counts
+once.
 """
 
 import numpy as np
@@ -60,18 +61,24 @@ def wider(first: Interval, second: Interval) -> Interval:
     return min(first[0], second[0]), max(first[1], second[1])
 
 
-def share_interval(hit: np.ndarray, episode: np.ndarray) -> tuple[float, float]:
-    """95 % interval of the share of hits among frames; hit (M,) bool, episode (M,) int: frames of one
-    episode have the same number.
-
-    What holds the bootstrap's interval and Wilson's of all frames; of too few episodes for a bootstrap
-    Wilson's, as if each of them were a single frame.
+def num_trials(weight: np.ndarray) -> float:
+    """How many episodes of equal weight those of `weight` (E,) are worth, (sum w)^2 / sum w^2 (Kish, "Survey
+    Sampling", 1965): as many trials as their frames are together, where an episode is all right or all wrong.
     """
-    _, episode = np.unique(episode, return_inverse=True)
-    share, num_episodes = float(hit.mean()), int(episode.max()) + 1
-    sums = draw_episodes(num_episodes) @ per_episode(episode, num_episodes, hit, ~hit)  # (R, 2)
-    resampled = interval_of(sums[:, 0] / sums.sum(1))
-    return wider(resampled, wilson_interval(share, len(hit))) or wilson_interval(share, num_episodes)
+    return float(weight.sum() ** 2 / max((weight**2).sum(), 1e-12))
+
+
+def share_interval(hits: np.ndarray, trials: np.ndarray, drawn: np.ndarray) -> tuple[float, float]:
+    """95 % interval of the share of hits among frames: hits, trials (E,) sums over each episode's frames (or
+    of their weights), drawn (R, E).
+
+    What holds the bootstrap's interval and Wilson's, in which an episode is a trial; that alone where there
+    are too few episodes to draw from, or no frames.
+    """
+    share, total = hits.sum() / max(trials.sum(), 1e-12), drawn @ trials
+    resampled = interval_of((drawn @ hits)[total > 0] / total[total > 0])
+    of_counts = wilson_interval(share, num_trials(trials))
+    return wider(resampled, of_counts) or of_counts
 
 
 def resampled_ranking(

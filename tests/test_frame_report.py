@@ -69,13 +69,14 @@ def test_the_two_rankings_of_episodes_look_at_different_frames():
     assert got["kendall_at_end"] == -1.0
 
 
-def test_intervals_are_over_episodes_and_never_narrower_than_wilsons():
+def test_intervals_are_over_episodes_and_never_narrower_than_wilsons_of_episodes():
     card = frame_card(scored(), 0.5)
     # no mistake anywhere: the bootstrap alone would be sure of 1
     assert card["scores"]["auprc"]["interval"] == (1.0, 1.0)
     z2 = 1.96**2
-    assert card["scores"]["recall"]["interval"] == pytest.approx((6 / (6 + z2), 1.0))
-    assert card["scores"]["false_positive_rate"]["interval"] == pytest.approx((0.0, z2 / (18 + z2)))
+    assert card["scores"]["recall"]["interval"] == pytest.approx((3 / (3 + z2), 1.0))
+    failures = 18**2 / (3 * 2**2 + 3 * 4**2)  # two in each episode that succeeds, four in the others
+    assert card["scores"]["false_positive_rate"]["interval"] == pytest.approx((0.0, z2 / (failures + z2)))
     prob = PROB.copy()
     prob[12:16] = 0.95  # all four mistakes in one of six episodes, which is in 67 % of the sets drawn anew
     low, high = frame_card(scored(prob), 0.5)["scores"]["false_positive_rate"]["interval"]

@@ -8,6 +8,7 @@ from common import intervals
 from common.intervals import (
     draw_episodes,
     interval_of,
+    num_trials,
     per_episode,
     resampled_ranking,
     share_interval,
@@ -41,24 +42,29 @@ def test_wilson_interval_against_its_closed_form():
 
 
 def test_a_share_of_frames_is_as_sure_as_the_episodes_make_it():
-    """In each of 300 worlds 30 episodes of 10 frames that are nearly all right or nearly all wrong."""
-    rng, covered, by_frames = np.random.default_rng(0), 0, 0
-    episode, num_worlds = np.repeat(np.arange(30), 10), 300
-    for _ in range(num_worlds):
-        right = rng.beta(0.8, 0.2, 30)  # 0.8 on average
-        hit = rng.random(300) < right[episode]
-        low, high = share_interval(hit, episode)
-        covered += low <= 0.8 <= high
-        low, high = wilson_interval(hit.mean(), 300)
-        by_frames += low <= 0.8 <= high
-    assert covered / num_worlds > 0.9
-    assert by_frames / num_worlds < 0.7
+    """300 worlds: of each episode's 10 frames nearly all are right or nearly all wrong. Of few episodes that
+    are nearly always right, most worlds hold no mistake."""
+    rng, num_worlds = np.random.default_rng(0), 300
+    covered, by_frames = np.zeros(2), np.zeros(2)
+    for case, (num_episodes, share) in enumerate(((30, 0.8), (10, 0.95))):
+        drawn, trials = draw_episodes(num_episodes), np.full(num_episodes, 10.0)
+        for _ in range(num_worlds):
+            hits = rng.binomial(10, rng.beta(share / 10, (1 - share) / 10, num_episodes))
+            low, high = share_interval(hits, trials, drawn)
+            covered[case] += low <= share <= high
+            low, high = wilson_interval(hits.sum() / trials.sum(), trials.sum())
+            by_frames[case] += low <= share <= high
+    assert (covered / num_worlds > 0.92).all(), covered
+    assert (by_frames / num_worlds < 0.7).all(), by_frames
 
 
 def test_a_share_of_few_episodes_or_without_a_mistake():
-    hit = np.ones(40, bool)
-    assert share_interval(hit, np.repeat([7, 3], 20)) == wilson_interval(1.0, 2)  # too few to draw from
-    assert share_interval(hit, np.repeat(np.arange(10), 4)) == wilson_interval(1.0, 40)
+    few, drawn = np.array([20.0, 20.0]), draw_episodes(2)
+    assert share_interval(few, few, drawn) == wilson_interval(1.0, 2)  # too few to draw from
+    many = np.full(10, 4.0)
+    assert share_interval(many, many, draw_episodes(10)) == wilson_interval(1.0, 10)
+    assert share_interval(0 * many, 0 * many, draw_episodes(10)) == (0.0, 1.0)
+    assert num_trials(np.array([3.0, 1.0])) == 16 / 10
 
 
 @pytest.mark.parametrize("chunk", [1 << 25, 1])
