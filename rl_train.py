@@ -36,7 +36,7 @@ from common.refresh import Refresher
 from common.reward_client import RewardClient
 from common.rewards import add_bootstrap, combine_reward, no_bootstrap
 from common.rl_config import Config
-from common.run import TRAIN_SEED, Run
+from common.run import TRAIN_SEED, Fooled, Run
 from common.runtime import UserError, pick_device, run_script, seed_everything, set_threads, versions
 from common.sac import SAC
 from common.worlds import keep_hard, open_arm, open_simulation
@@ -86,8 +86,8 @@ def train_ppo(cfg: Config, run: Run, agent: PPO, envs, client: RewardClient | No
             heard = hear(client, looks, done, decision, audit)
             paid, verdict, learned = heard.paid, heard.paid, heard.learned
             if run.hard is not None:
-                for look, *judged in zip(looks, heard.score, learned, infos, done, strict=True):
-                    run.hard.keep(look.data, look.slots, *judged)
+                for look, prob, *rest in zip(looks, heard.score, infos, done, strict=True):
+                    run.hard.keep(look.data, look.slots, prob, client.threshold, *rest)
         if shaping is not None:
             paid = shaping(heard.score, no_bootstrap(*ends, algorithm.bootstrap_type), done)
         lengths, bonus = (torch.stack([vars(look)[name] for look in looks]) for name in ("lengths", "bonus"))
@@ -152,7 +152,7 @@ def start_sac(cfg: Config, run: Run, agent: SAC, client: RewardClient | None) ->
         obs = prior.buffer.field("obs")
         agent.set_obs_stats(obs.mean(0), obs.std(0))
     replay = Replay(cfg.algorithm, run.eval_envs.spec, prior, agent.device)
-    run.buffer = replay.online
+    run.replay = replay
     if cfg.runner.resume_dir is not None:
         run.resume(Path(cfg.runner.resume_dir))
         return replay
@@ -196,8 +196,7 @@ def train_sac(cfg: Config, run: Run, agent: SAC, envs, client: RewardClient | No
 
 
 def refresh_reward(cfg: Config, run: Run, refresher: Refresher, rollout: Rollout, replay: Replay) -> None:
-    """A better reward model from here on, and for what it has paid for so far. `best` is chosen anew: the
-    merits of two models do not compare."""
+    """A better reward model from here on, and for what it has paid for so far."""
     for transitions in rollout.drain():  # nothing may be under way to the model
         replay.add(transitions)
     if not refresher.refresh(run.step):
@@ -209,7 +208,7 @@ def refresh_reward(cfg: Config, run: Run, refresher: Refresher, rollout: Rollout
     if replay.prior is not None:
         prior = relabelled_prior(cfg, run, client)
         replay.prior = prior.buffer
-    run.merit = None
+    run.replaced_by(client.cfg.model.model_path)
 
 
 def train_sac_async(cfg: Config, run: Run, agent: SAC, client: RewardClient | None) -> None:
@@ -280,6 +279,8 @@ def learn(cfg: Config, run: Run, agent: PPO | SAC, client: RewardClient | None, 
         if run.step or not isinstance(error, UserError):  # before the first step it says what does not fit
             run.save("last")
             print(f"\nstopped at step {run.step}; go on with runner.resume_dir={run.folder}/checkpoints/last")
+        if isinstance(error, Fooled):
+            run.draw(cfg.env.fps)  # this is what one wants to look at then
         raise
     run.load_best()
 
@@ -322,13 +323,14 @@ def main() -> None:
         alarm = Alarm(cfg.reward.audit) if cfg.reward.audit is not None else None
         film_fps = env.fps if cfg.can_replay and cfg.runner.num_video_episodes else None
         run = Run(cfg.runner, folder, agent, agent_meta(*parts), eval_envs, client, log, alarm, film_fps)
+        if cfg.runner.resume_dir is not None:
+            run.take_over(Path(cfg.runner.resume_dir))
         if client is not None and not cfg.reward.of_windows:
             log.say(client.threshold_is)
-
         if cfg.runner.only_eval:
             run.resume(Path(cfg.runner.resume_dir))
         else:
-            run.hard = keep_hard(cfg.reward, eval_envs.spec, folder, stack)
+            run.hard = keep_hard(cfg.reward, eval_envs.spec, client, folder, stack)
             learn(cfg, run, agent, client, lambda: let_critic_score(make_train_envs(), agent))
         trained = time.perf_counter()
         summary = run.measure()

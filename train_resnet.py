@@ -200,6 +200,14 @@ class Judge:
         self.older: dict[str, Any] | None = None  # what the checkpoint was worth that this run goes on from
         self.best_merit = (-1.0, -math.inf)  # its AUPRC to four digits, and minus its loss
         self.early_stop = EarlyStop(cfg.runner.early_stop)
+        self.seen = {"train": train_set.sha256, "val": val_set.sha256}
+        before = model.meta.get("data_sha256", {})  # of the model that this run goes on from
+        if before.keys() == self.seen.keys():
+            for role, files in before.items():
+                self.seen[role] = {
+                    **{f"{path}, before": sha for path, sha in files.items()},
+                    **self.seen[role],
+                }
 
     def __enter__(self) -> "Judge":
         logger = self.cfg.runner.logger
@@ -211,7 +219,7 @@ class Judge:
             height, width = frames.frame_size
             self.log.say(f"{name}: {len(frames)} frames of {height}x{width}, {frames.class_counts}")
         if self.cfg.actor.model.model_path is not None:
-            self.older = self._measure(self.model, score_frames(self.model, self.val_set))
+            self.older = self._measure_older()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *exc_info: object) -> None:
@@ -243,7 +251,8 @@ class Judge:
             "threshold_rule": {**asdict(rule), "kept": rule_kept, "counts": asdict(counts)},
             "frame_size": self.train_set.frame_size,
             "render": self.train_set.render,
-            "data_sha256": {"train": self.train_set.sha256, "val": self.val_set.sha256},
+            "label": self.train_set.label,
+            "data_sha256": self.seen,
             "class_counts": {"train": self.train_set.class_counts, "val": self.val_set.class_counts},
             "val_metrics": card,
             "step": step,
@@ -283,7 +292,7 @@ class Judge:
             "val_metrics": card,
             "beats_baselines": report["beats_baselines"],
             "class_counts": self.best["class_counts"],
-            "compared": self._compare(best, success_prob),
+            "compared": self._compare(best, report["scores"]),
             "versions": {
                 "python": platform.python_version(),
                 "torch": torch.__version__,
@@ -293,27 +302,33 @@ class Judge:
         save_json(summary, self.folder / "summary.json")
         self.log.say(f"{card_table(report)}\n{summary['seconds']:.0f} s, {self.last_step} steps")
 
-    def _compare(self, best: ResNetRewardModel, success_prob: np.ndarray) -> dict[str, Any] | None:
+    def _compare(self, best: ResNetRewardModel, scores: dict[str, Any]) -> dict[str, Any] | None:
         """The older checkpoint and the best one of this run, printed side by side. None: it began afresh."""
         if self.older is None:
             return None
-        compared = {"old": self.older, "new": self._measure(best, success_prob)}
+        new = {"threshold": best.threshold, "scores": scores, "added": self._of_added(best, best.threshold)}
+        compared = {"old": self.older, "new": new}
         self.log.say(side_by_side(**compared))
         return compared
 
-    def _measure(self, model: ResNetRewardModel, success_prob: np.ndarray) -> dict[str, Any]:
-        """success_prob: of the validation frames. At the model's own threshold; of a bare state dict, at the
-        one that the rule chooses."""
-        val, threshold = self.val_set, model.threshold
+    def _measure_older(self) -> dict[str, Any]:
+        """At the older model's own threshold; of a bare state dict, at the one that the rule chooses."""
+        val, threshold = self.val_set, self.model.threshold
+        success_prob = score_frames(self.model, val)
         if threshold is None:
             rule = self.cfg.runner.threshold_rule
             threshold = choose_threshold(success_prob, val.labels, rule, val.weight, val.episode)[0]
-        card = frame_card(ScoredFrames.of(val, success_prob), threshold)
-        out = {"threshold": threshold, "scores": card["scores"], "added": None}
-        if (where := np.flatnonzero(self.train_set.added)).size:
-            success_prob = score_frames(model, self.train_set, where)
-            out["added"] = asdict(counts_at(success_prob, self.train_set.labels[where], threshold))
-        return out
+        scores = frame_card(ScoredFrames.of(val, success_prob), threshold)["scores"]
+        return {"threshold": threshold, "scores": scores, "added": self._of_added(self.model, threshold)}
+
+    def _of_added(self, model: ResNetRewardModel, threshold: float) -> dict[str, int] | None:
+        """Counts of the frames that `preprocess_resnet.py --add` brought; None without any."""
+        where = np.flatnonzero(self.train_set.added)
+        if not where.size:
+            return None
+        return asdict(
+            counts_at(score_frames(model, self.train_set, where), self.train_set.labels[where], threshold)
+        )
 
 
 def score_frames(

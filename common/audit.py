@@ -173,6 +173,7 @@ def gap_lower_bound(fooled: int, missed: int, episodes: int, confidence: float) 
 
 class Alarm:
     """Listens to the numbers of the log, training and evaluations apart, and says when the hack gap is open.
+    Evaluations all begin in the same scenes, so only the newest counts.
 
     `weight` is what `reward_weight` is to be multiplied with from now on.
     """
@@ -187,6 +188,8 @@ class Alarm:
         for source, heard in self._heard.items():
             episodes = int(metrics.get(f"{source}/num_episodes", 0))
             if episodes and f"{source}/fooled" in metrics:
+                if source == "eval":
+                    heard.clear()
                 shares = metrics[f"{source}/fooled"], metrics[f"{source}/missed"]
                 heard.append((*(round(share * episodes) for share in shares), episodes))
             while len(heard) > 1 and sum(n for _, _, n in heard) - heard[0][2] >= self.cfg.min_episodes:
@@ -197,6 +200,11 @@ class Alarm:
                     self.weight *= self.cfg.lower_by
                 return message
         return None
+
+    def forget(self) -> None:
+        """Another reward model judges from now on: what was heard of the one before says nothing of it."""
+        for heard in self._heard.values():
+            heard.clear()
 
     def _judge(self, source: str, heard: deque) -> str | None:
         fooled, missed, episodes = (sum(row[column] for row in heard) for column in range(3))

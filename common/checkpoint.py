@@ -47,6 +47,17 @@ def load_checkpoint(
     folder: str | Path, map_location: str | torch.device = "cpu"
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """-> state, meta. Raises UserError if there is no checkpoint at `folder` or it cannot be read."""
+    folder = _found(folder)
+    return load_torch(folder / "state.pt", map_location=map_location), load_json(folder / "meta.json")
+
+
+def load_meta(folder: str | Path) -> dict[str, Any]:
+    """`load_checkpoint`'s meta alone."""
+    return load_json(_found(folder) / "meta.json")
+
+
+def _found(folder: str | Path) -> Path:
+    """Where the checkpoint lies; a killed run may have left it aside."""
     folder = Path(folder)
     if not folder.exists() and _aside(folder).exists():
         folder = _aside(folder)
@@ -54,7 +65,7 @@ def load_checkpoint(
         near = sorted(path.parent.name for path in folder.parent.glob("[!.]*/state.pt"))
         hint = f"; {folder.parent} has: {', '.join(near)}" if near else ""
         raise UserError(f"{folder} is not a checkpoint folder (state.pt and meta.json){hint}")
-    return load_torch(folder / "state.pt", map_location=map_location), load_json(folder / "meta.json")
+    return folder
 
 
 def _aside(folder: Path) -> Path:

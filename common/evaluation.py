@@ -44,7 +44,7 @@ class Evaluation:
     # of the M frames that were judged (none: nobody judged, or windows): success_prob, verdict, truth, and a
     # number for each episode
     frames: tuple[Tensor, Tensor, Tensor, Tensor] | None
-    first_mistake: Mistake | None  # the earliest false positive, in env steps
+    first_mistake: Mistake | None  # of the episodes called a success that are none, the earliest such frame
     num_steps: int
     last_frame_only: bool  # reward_mode terminal
     windows: dict[str, float]  # of windows: how their labels compare with the true ones
@@ -179,7 +179,8 @@ def _by_episode(
                 this = torch.full((int(seen.sum()),), len(judged))
                 judged.append((prob[seen], verdict[seen], truth[seen], this))
                 wrong = (verdict & ~truth).nonzero().squeeze(1).tolist()
-                if wrong and (not mistakes or mistakes[-1][1].env != env):
+                fooled = row["learned"] > (row["at_end"] if last_only else row["once"])
+                if fooled and (not mistakes or mistakes[-1][1].env != env):
                     mistakes.append((start + wrong[0], Mistake(env, number, wrong[0] + 1)))
             if of_windows:
                 row["model_return"] = float(said["paid"][span].view(len(truth), -1, num_envs)[..., env].sum())

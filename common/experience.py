@@ -77,6 +77,7 @@ class Rollout:
         self.envs, self.cfg, self.bootstrap_type = envs, cfg, bootstrap_type
         self.inside = judged_inside(envs.spec)
         self.client = None if self.inside else client
+        self.judge = client  # which may judge inside the envs, and be swapped for a better one
         self.weights = (1.0, 0.0) if self.inside else (cfg.env_reward_weight, cfg.reward_weight)
         self.weight_factor = 1.0  # of reward_weight, for the steps that are paid from here on
         self.num_envs = envs.num_envs
@@ -126,7 +127,7 @@ class Rollout:
             verdicts = Verdicts(torch.arange(slots), prob, learned, step.env_reward.cpu())
             self.audit.count(verdicts, success, self.audit.episodes(done[None])[0])
             if self.hard is not None:
-                self.hard.keep(step.frames, step.frame_ids, prob, learned, step.info, done)
+                self.hard.keep(step.frames, step.frame_ids, prob, self.judge.threshold, step.info, done)
         self._fresh.append(
             _Taken(transitions, step.env_reward, success, done, step.info, look, verdict, verdict, learned)
         )
@@ -175,9 +176,8 @@ class Rollout:
                 taken.verdict, taken.paid, taken.learned = row
             if self.hard is not None:
                 for taken, prob in zip(asked, heard.score, strict=True):
-                    self.hard.keep(
-                        taken.look.data, taken.look.slots, prob, taken.learned, taken.info, taken.done
-                    )
+                    data, slots = taken.look.data, taken.look.slots
+                    self.hard.keep(data, slots, prob, self.judge.threshold, taken.info, taken.done)
                     if self.memory is None:
                         taken.look.data = {}
         for taken in asked:
@@ -347,3 +347,14 @@ class Replay:
     @property
     def ready(self) -> bool:
         return len(self.online) > 0 or self.prior is not None
+
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        """What the policy has lived through and imitates; prior data is read anew."""
+        buffers = {"online": self.online, "best": self.best}
+        return {name: buffer.state_dict() for name, buffer in buffers.items() if buffer is not None}
+
+    def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
+        """Go on from a `state_dict`."""
+        for name, buffer in (("online", self.online), ("best", self.best)):
+            if buffer is not None and name in state:
+                buffer.load_state_dict(state[name])

@@ -31,6 +31,7 @@ class FrameSet:
     step: np.ndarray | None  # (len,) int64, which frame of its episode; None likewise
     whole: bool  # no frame of its episodes is left out, but the reset's
     prevalence: str  # in words, of what the share of successes is the share
+    label: str  # what of the env's info says whether a frame is a success; "operator": a person has said it
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -89,6 +90,7 @@ def load_frames(paths: str | list[str]) -> FrameSet:
         step=_per_frame(files, "frame_steps"),
         whole=all(_is_whole(file) for file in files),
         prevalence="; ".join(dict.fromkeys(_prevalence(file) for file in files)),
+        label=files[0].metadata.get("label", "success"),
     )
 
 

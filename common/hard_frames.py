@@ -2,14 +2,15 @@
 
 **Hard frame**: an episode file of `common.episodes` with one step (T = 1), so that whatever reads episodes
 reads it. Its second observation is the frame; the first, which stands for the reset, is black and means
-nothing. `infos[1]` is what the env said of the step, and besides: `success_prob` (float) and `called` (bool),
-the model's score and verdict; `success` (bool), the truth, which is absent where nobody knows it yet;
-`reviewed` (True) once a person has said so.
+nothing. `infos[1]` is what the env said of the step, and besides: `success_prob` (float); `called` (bool), it
+reaches the threshold; `success` (bool), the truth of what the model has learned to tell, which is absent
+where nobody knows it yet; `reviewed` (True) once a person has said so.
 
 `rl_train.py` keeps them (`reward.keep_hard`), `collect.py --review` labels them, and `preprocess_resnet.py
 --add` puts them into the training data.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from common.episodes import EpisodeWriter, episode_name, list_episodes, write_episode
 from common.files import load_pickle
+from common.rewards import reaches
 from common.runtime import UserError
 
 SURE = 0.5  # a score on the wrong side of it is hard, whatever the threshold
@@ -27,50 +29,68 @@ UNSURE = (0.2, 0.8)  # without a truth: scores between them are worth a look
 
 class HardFrames:
     """Picks hard frames out of a rollout and hands them to a writer: of each env's episode one per kind at
-    most, as neighbours look alike, and `limit` in all.
+    most, as neighbours look alike, and `limit` in all, or since the last `renew`.
 
-    With a truth: failures that are called a success or score SURE, and successes that are not or do not.
-    Without one: whatever is called a success, or scores UNSURE.
+    With a truth: failures that reach the threshold or score SURE, and successes that do not. Without one:
+    whatever reaches the threshold, or scores UNSURE. A frame that was never scored is none.
     """
 
     def __init__(
-        self, writer: EpisodeWriter, limit: int, action_dim: int, facts: dict[str, Any], knows: bool = True
+        self,
+        writer: EpisodeWriter,
+        limit: int,
+        action_dim: int,
+        facts: dict[str, Any],
+        knows: bool = True,
+        label: str = "success",
     ):
-        """facts: `task`, `task_description`, `render`, `control` of the envs; knows: whether what they say of
-        success is the truth."""
+        """facts: `task`, `task_description`, `render`, `control` of the envs; knows: whether what they say is
+        the truth; label: what of it the model has learned, where they say that (else `success`)."""
         self.writer, self.limit, self.facts, self.knows = writer, limit, facts, knows
-        self.action_dim = action_dim
+        self.action_dim, self.label = action_dim, label
         self.num_kept = self.num_steps = 0
+        self.room = limit
         self._kept: set[tuple[int, bool | None]] = set()  # env, and the kind kept of its episode
+
+    def renew(self) -> None:
+        """Those kept so far have been learned from: there is room for `limit` more."""
+        self.room = self.limit
 
     def keep(
         self,
         frames: dict[str, Tensor],
         env_ids: Tensor,
         success_prob: Tensor,
-        called: Tensor,
+        threshold: float,
         info: dict[str, Tensor],
         done: Tensor,
     ) -> None:
         """After one step of N envs, in order of time. frames: view -> (M, H, W, 3) uint8 of the envs in
-        env_ids (M,); success_prob, called (N,); info: name -> (N,), `success` among them; done (N,) bool."""
+        env_ids (M,); success_prob (N,), nan: not scored; info: name -> (N,), `success` among them; done (N,)
+        bool."""
         self.num_steps += len(done)
-        if self.num_kept < self.limit:
+        if self.room:
+            success_prob = success_prob.cpu()
+            called = reaches(success_prob, threshold).tolist()
+            info = {
+                name: value.cpu() for name, value in info.items()
+            }  # at once: a GPU is waited for only here
             for row, env in enumerate(env_ids.tolist()):
-                self._look(frames, row, env, float(success_prob[env]), bool(called[env]), info)
+                self._look(frames, row, env, float(success_prob[env]), called[env], info)
         self._kept -= {(env, kind) for env, kind in self._kept if done[env]}
 
     def _look(self, frames: dict, row: int, env: int, prob: float, called: bool, info: dict) -> None:
-        truth = bool(info["success"][env]) if self.knows else None
+        truth = bool(info.get(self.label, info["success"])[env]) if self.knows else None
         if self.knows:
             hard = called != truth or (prob >= SURE) != truth
         else:
             hard = called or UNSURE[0] <= prob <= UNSURE[1]
-        if not hard or (env, truth) in self._kept or self.num_kept == self.limit:
+        if not hard or math.isnan(prob) or (env, truth) in self._kept or not self.room:
             return
         self._kept.add((env, truth))
-        self.num_kept += 1
+        self.num_kept, self.room = self.num_kept + 1, self.room - 1
         said = {name: value[env].item() for name, value in info.items()} if self.knows else {}
+        said |= {"success": truth} if self.knows else {}
         self.writer.put(
             {
                 "rank": 0,

@@ -2,8 +2,8 @@
 
 Each time the same commands run that a user would type: `preprocess_resnet.py --add` joins the hard frames
 kept so far to a copy of the train split, `train_resnet.py` goes on from the model in use and chooses the
-threshold anew. The reward client then takes the new checkpoint, and what lies in the replay buffer is paid
-once more.
+threshold anew. Unless it has forgotten more than its validation frames leave in doubt, the reward client then
+takes the new checkpoint, and what lies in the replay buffer is paid once more.
 """
 
 import os
@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from common.buffers import ReplayBuffer
+from common.files import load_json
+from common.frame_report import side_by_side
 from common.hard_frames import HardFrames
 from common.reward_client import RewardClient
 from common.reward_config import RewardConfig
@@ -90,8 +92,9 @@ class Refresher:
         return before // self.cfg.refresh_every != now // self.cfg.refresh_every
 
     def refresh(self, step: int) -> bool:
-        """Learn from the hard frames, and let the client judge by what came of it. -> False where there were
-        no new ones. Nothing may be under way to the model. UserError where a command fails."""
+        """Learn from the hard frames, and let the client judge by what came of it. -> False where the model
+        in use stays: there were no new ones, or what came is worse. Nothing may be under way to it. UserError
+        where a command fails."""
         if self.hard.num_kept == self.num_learned:
             self.say(f"step {step:,}: no new hard frames, so the reward model stays as it is")
             return False
@@ -105,7 +108,7 @@ class Refresher:
             f"--output-dir={data}",
             f"--train-output-path={train}",
         )
-        told = _run(
+        _run(
             "train_resnet.py",
             self.cfg.refresh_config,
             f"actor.model.model_path={self.client.cfg.model.model_path}",
@@ -116,14 +119,23 @@ class Refresher:
             f"runner.max_steps={self.cfg.refresh_steps}",
             f"runner.val_check_interval={self.cfg.refresh_steps}",  # so that the last step is what is kept
         )
-        table = told[told.index("the same validation frames") :]
+        self.hard.renew()
+        compared = load_json(run / "summary.json")["compared"]
+        table = side_by_side(**compared)
         self.say(f"step {step:,}: the reward model has learned from {self.num_learned} hard frames\n{table}")
+        old, new = (compared[name]["scores"]["auprc"] for name in ("old", "new"))
+        lowest = old["value"] if old["interval"] is None else old["interval"][0]
+        if new["value"] < lowest:
+            self.say(
+                f"step {step:,}: the new one has forgotten too much (AUPRC), so the old one stays in use"
+            )
+            return False
         self.client.swap(str(run / "checkpoint"))
         return True
 
 
-def _run(script: str, *arguments: str) -> str:
-    """What one of the project's scripts prints; UserError with its last line where it fails."""
+def _run(script: str, *arguments: str) -> None:
+    """One of the project's scripts, in silence; UserError with its last line where it fails."""
     # threads that wait for each other sleep: the envs' processes use the cores too
     env = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
     command = [sys.executable, str(ROOT / script), *arguments]
@@ -131,4 +143,3 @@ def _run(script: str, *arguments: str) -> str:
     if done.returncode:
         last = (done.stderr.strip() or done.stdout.strip() or "no word").splitlines()[-1]
         raise UserError(f"reward.refresh_every: {script} ended with code {done.returncode}: {last}")
-    return done.stdout.strip()

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from common.agents import check_same_agent, check_task
 from common.audit import Alarm
-from common.buffers import ReplayBuffer
-from common.checkpoint import load_checkpoint, rng_state, save_checkpoint, set_rng_state
+from common.checkpoint import load_checkpoint, load_meta, rng_state, save_checkpoint, set_rng_state
 from common.evaluation import Evaluation, Mistake, evaluate, record_traces, replay
+from common.experience import Replay
 from common.hard_frames import HardFrames
 from common.log import LoggerConfig, RunLog
 from common.report import plot_learning_curves, plot_scores
@@ -19,6 +19,10 @@ from common.video import save_video
 # Training, its evaluations, the final one and the video: none begins where another does, nor where collect.py
 # has recorded with the same seed. Training's: TRAIN_SEED + run seed + step resumed at.
 EVAL_SEED, FINAL_SEED, VIDEO_SEED, TRAIN_SEED = 10**9, 2 * 10**9, 3 * 10**9, 4 * 10**9
+
+
+class Fooled(UserError):
+    """The alarm ends the run (`reward.audit.action: stop`)."""
 
 
 @dataclass
@@ -39,6 +43,8 @@ class RunnerConfig:
     async_rollout: bool = False  # SAC: envs in a process of their own, the learner never waits for them
 
     def __post_init__(self):
+        if self.log_interval < 1:
+            raise ValueError(f"log_interval must be at least 1, got {self.log_interval}")
         if self.only_eval and self.resume_dir is None:
             raise ValueError("only_eval needs resume_dir: a checkpoint folder to evaluate")
 
@@ -67,7 +73,8 @@ class Run:
         self.merit: tuple[float, float] | None = None
         self.best_step: int | None = None
         self.owes_evaluation = False  # one that was put off
-        self.buffer: ReplayBuffer | None = None  # SAC's; saved with `last`
+        self.replay: Replay | None = None  # SAC's; saved with `last`
+        self.refreshed: str | None = None  # checkpoint of the reward model that took over from the config's
         self.hard: HardFrames | None = None  # is shown what the reward model judged in training
         self.start = self.logged_at = time.perf_counter()
         self.logged_step = 0
@@ -121,7 +128,7 @@ class Run:
             return
         action = self.alarm.cfg.action
         if action == "stop" and self.running:
-            raise UserError(f"{message} (action: stop)")
+            raise Fooled(f"{message} (action: stop)")
         if action == "lower":
             message += f"; reward.reward_weight is multiplied by {self.weight_factor:g} from here on"
         self.log.say(f"step {self.step:,}: {message}")
@@ -141,8 +148,9 @@ class Run:
         """`best` holds the agent; `last` all that is needed to go on."""
         state = {"agent": self.agent.state_dict()}
         if name == "last":
-            state |= {"rng": rng_state(), "buffer": self.buffer.state_dict() if self.buffer else None}
+            state |= {"rng": rng_state(), "replay": self.replay.state_dict() if self.replay else None}
         meta = {**self.agent_meta, "step": self.step, "best_step": self.best_step, "merit": self.merit}
+        meta |= {"reward_weight_factor": self.weight_factor, "refreshed_reward_model": self.refreshed}
         save_checkpoint(self.folder / "checkpoints" / name, state, meta)
 
     def resume(self, folder: Path) -> None:
@@ -159,10 +167,31 @@ class Run:
             if best.resolve() != ours.resolve():
                 state_of_best, meta_of_best = load_checkpoint(best)
                 save_checkpoint(ours, state_of_best, meta_of_best)
-        if self.buffer is not None and state.get("buffer") is not None:
-            self.buffer.load_state_dict(state["buffer"])
+        if self.alarm is not None:
+            self.alarm.weight = meta.get("reward_weight_factor", 1.0)
+        if self.replay is not None and state.get("replay") is not None:
+            self.replay.load_state_dict(state["replay"])
         if "rng" in state:
             set_rng_state(state["rng"])
+
+    def take_over(self, folder: Path) -> None:
+        """Judge by the refreshed reward model that the checkpoint's run ended with, if it was refreshed: call
+        it before anything is judged."""
+        path = load_meta(folder).get("refreshed_reward_model")
+        if path is None or self.client is None:
+            return
+        if not Path(path).exists():
+            raise UserError(f"{folder} was trained on the refreshed reward model {path}, which is gone")
+        self.client.swap(path)
+        self.refreshed = path
+        self.log.say(f"the reward model is the refreshed one, {path}")
+
+    def replaced_by(self, model_path: str) -> None:
+        """Another reward model judges from here on. The merits of two models do not compare, so `best` is
+        chosen anew, and the alarm forgets."""
+        self.refreshed, self.merit = model_path, None
+        if self.alarm is not None:
+            self.alarm.forget()
 
     def judge(self, num_episodes: int, seed: int) -> Evaluation:
         seed += self.runner.seed
@@ -178,7 +207,7 @@ class Run:
 
     @property
     def film(self) -> Path:
-        """Of the episode with the first false positive that an evaluation met."""
+        """Of the first episode in an evaluation that the model calls a success and that is none."""
         return self.folder / "first_false_positive.mp4"
 
     def _film(self, seed: int, mistake: Mistake) -> None:
@@ -186,7 +215,7 @@ class Run:
         trace.title = f"fooled at env step {self.step:,}"
         save_video([trace], self.client.threshold, self.film, self.film_fps)
         self.log.say(
-            f"step {self.step:,}: first false positive of an evaluation, at step {mistake.step} of its "
+            f"step {self.step:,}: an evaluation is fooled for the first time, at step {mistake.step} of an "
             f"episode (score {trace.score[mistake.step]:.3f}): {self.film}"
         )
 

@@ -74,13 +74,17 @@ def record(envs, data: DataCollectionConfig, folder: Path, stack: ExitStack):
     return EpisodeRecorder(envs, data, writer)
 
 
-def keep_hard(cfg: RewardConfig, spec: EnvSpec, folder: Path, stack: ExitStack) -> HardFrames | None:
+def keep_hard(
+    cfg: RewardConfig, spec: EnvSpec, client: RewardClient | None, folder: Path, stack: ExitStack
+) -> HardFrames | None:
     """What keeps the frames that the reward model gets wrong, in `folder`/hard; None where nothing does."""
     if not cfg.keep_hard:
         return None
     facts = {name: vars(spec)[name] for name in ("task", "task_description", "render", "control")}
     writer = stack.enter_context(EpisodeWriter(folder / "hard"))
-    return HardFrames(writer, cfg.keep_hard, spec.action_dim, facts, knows=cfg.hard_truth == "known")
+    label = client.meta.get("label", "success") if client is not None else "success"
+    known = cfg.hard_truth == "known"
+    return HardFrames(writer, cfg.keep_hard, spec.action_dim, facts, known, label)
 
 
 def with_pixels(envs, pixels: int | None):

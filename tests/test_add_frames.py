@@ -32,7 +32,7 @@ def write_hard(
         n = len(pixels)
         still, prob = torch.zeros(n, dtype=torch.bool), torch.full((n,), 0.9)
         frames = torch.stack([frame(pixel, size) for pixel in pixels])
-        hard.keep({"main_images": frames}, torch.arange(n), prob, ~still, {"success": still}, still)
+        hard.keep({"main_images": frames}, torch.arange(n), prob, 0.5, {"success": still}, still)
     return folder
 
 

@@ -114,11 +114,19 @@ def test_an_alarm_looks_at_the_newest_episodes_together():
     assert alarm.weight == 1
 
 
+def test_an_alarm_forgets_what_another_model_has_said():
+    alarm = Alarm(AuditConfig(max_hack_gap=10, min_episodes=20))
+    assert alarm.hear(told("rollout", 10, 0, 10)) is None
+    alarm.forget()
+    assert alarm.hear(told("rollout", 10, 0, 10)) is None
+
+
 def test_training_and_evaluation_are_heard_apart():
     alarm = Alarm(AuditConfig(max_hack_gap=10, min_episodes=20, action="lower", lower_by=0.25))
     assert alarm.hear(told("rollout", 10, 0, 10)) is None
     assert alarm.hear(told("eval", 10, 0, 10)) is None
-    assert "evaluation" in alarm.hear(told("eval", 10, 0, 10))
+    assert alarm.hear(told("eval", 10, 0, 10)) is None  # of the same scenes: ten episodes stay ten
+    assert "evaluation" in alarm.hear(told("eval", 20, 0, 20))
     assert alarm.weight == 0.25
     assert alarm.hear({"train/q": 1.0}) is None
     assert "training" in alarm.hear(told("rollout", 10, 0, 10))

@@ -73,8 +73,8 @@ def test_per_step_verdict_is_that_of_any_frame(client):
     np.testing.assert_allclose(result.score, [0.9, 0.8, 0.7, 0.5], rtol=1e-6)
     assert result.metrics["eval/hack_gap"] == 25.0  # of any frame: 1 learned, .75 true
     assert result.false_positives == 2
-    # both are fooled at the same env step, the fourth: env 0 at (0, 1, 2), env 1 at (1, 1, 1)
-    assert result.first_mistake == (0, 1, 2)
+    # env 0's second episode is called a success at (0, 1, 2) too, but had been one before
+    assert result.first_mistake == (1, 1, 1)
     assert result.metrics["eval/num_called"] == 5
     assert result.metrics["eval/false_positives_per_1000_steps"] == 200.0
 
@@ -131,7 +131,7 @@ def test_merit_never_reads_the_truth():
         model_return=np.full(2, np.nan),
         progress=np.full(2, np.nan),
         windows={},
-        frames=(torch.tensor([0.9, 0.1]), torch.tensor([True, False]), torch.tensor([True, True])),
+        frames=(torch.tensor([0.9, 0.1]), torch.tensor([True, False]), torch.ones(2) > 0, torch.arange(2)),
         first_mistake=None,
         num_steps=2,
         last_frame_only=True,

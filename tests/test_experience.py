@@ -179,7 +179,7 @@ def test_evaluation_between_two_steps_does_not_take_the_verdicts_of_training():
     agent = build_agent(cfg.algorithm, ActorModelConfig((8,)), OptimConfig(), run.eval_envs.spec, CPU)
     rl_train.train_sac(cfg, run, agent, CountingEnvs([[2]], pixel=lambda *_: 80), run.client)
     assert run.idle_at_evaluation == [True, True]  # at step 2 and at the end
-    assert run.buffer.reward[: len(run.buffer)].tolist() == pytest.approx([0, 0.8, 0, 0.8])
+    assert run.replay.online.reward[: len(run.replay.online)].tolist() == pytest.approx([0, 0.8, 0, 0.8])
 
 
 class FakeRun:
@@ -187,7 +187,7 @@ class FakeRun:
 
     def __init__(self, cfg: rl_train.Config, evaluate_at: tuple[int, ...] = ()):
         self.cfg, self.evaluate_at, self.step, self.client = cfg, evaluate_at, 0, None
-        self.eval_envs, self.buffer, self.weight_factor = CountingEnvs([[1]]), None, 1.0
+        self.eval_envs, self.replay, self.weight_factor = CountingEnvs([[1]]), None, 1.0
         self.hard = None
         self.idle_at_evaluation, self.logged = [], []
 
@@ -294,6 +294,14 @@ def test_ppo_counts_verdicts_and_episodes_across_rollouts():
         "reward/precision_high": pytest.approx(3.8415 / 4.8415, abs=1e-4),  # z^2 / (1 + z^2), z = 1.96
         "reward/num_called": 1,
     }
+
+
+def test_precision_counts_an_episode_once():
+    """Four frames of one episode, all wrongly called: as sure as of one, z^2 / (1 + z^2), and not of four."""
+    envs = CountingEnvs([[4]], pixel=lambda *_: 80)
+    _, (logged,) = ppo_rollouts(envs, num_steps=4, total=4, reward_mode="per_step")
+    assert logged["reward/num_called"] == 4
+    assert logged["reward/precision_high"] == pytest.approx(3.8415 / 4.8415, abs=1e-4)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -480,6 +488,10 @@ def test_the_policy_imitates_its_own_episodes_that_were_paid_enough():
     batch = replay.sample(torch.Generator().manual_seed(0))
     assert len(batch["obs"]) == 8 and set(batch["obs"][4:, 0].tolist()) <= {7, 20, 10, 11}
     assert set(batch["best_obs"][:, 0].tolist()) <= {7, 20, 10, 11}
+    resumed = Replay(cfg, SPEC, Prior(buffer, [3], Audit()), CPU)
+    resumed.load_state_dict(replay.state_dict())
+    assert resumed.best.obs[:5, 0].tolist() == [7, 7, 20, 10, 11]
+    assert len(resumed.online) == len(replay.online) == 7
 
 
 # ----------------------------------------------------------------------------------------------------

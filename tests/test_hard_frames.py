@@ -1,5 +1,6 @@
 """The hard-negative loop: what is kept in a rollout, and what a person's word makes of it."""
 
+import math
 import os
 import pty
 import subprocess
@@ -77,6 +78,37 @@ def test_a_rollout_keeps_one_mistake_of_each_kind_per_episode(tmp_path, monkeypa
         assert (episode.images["extra_view_images"][1] == 255 - pixel).all()
 
 
+def looked_at(tmp_path, prob: list[float], success: list[bool], threshold: float, **options) -> HardFrames:
+    """One step of an env for each score, one frame of env 0 among them."""
+    frames = torch.zeros((len(prob), 8, 8, 3), dtype=torch.uint8)
+    end, info = (
+        torch.ones(len(prob), dtype=torch.bool),
+        {"success": tensor(success), "placed": ~tensor(success)},
+    )
+    with EpisodeWriter(tmp_path / "hard") as writer:
+        hard = HardFrames(writer, 2, 2, FACTS, **options)
+        for _ in range(2):
+            hard.keep({"main_images": frames}, torch.arange(len(prob)), tensor(prob), threshold, info, end)
+            hard.renew()
+    return hard
+
+
+def test_what_reaches_the_threshold_or_was_never_scored_is_no_miss(tmp_path):
+    """A success that scores .95 is none, however many in a row a verdict takes; nor is a late score."""
+    hard = looked_at(tmp_path, [0.95, math.nan, 0.8], [True, True, True], 0.9)
+    assert hard.num_kept == 2  # .8, in both steps
+    assert kept(tmp_path / "hard") == {(2, 0.8, False, True)}
+
+
+def test_the_limit_holds_until_what_was_kept_has_been_learned_from(tmp_path):
+    assert looked_at(tmp_path, [0.1, 0.2, 0.3], [True, True, True], 0.9).num_kept == 4
+
+
+def test_the_truth_is_that_of_the_label_that_was_learned(tmp_path):
+    looked_at(tmp_path, [0.95, 0.1], [True, False], 0.9, label="placed")
+    assert kept(tmp_path / "hard") == {(0, 0.95, True, False), (1, 0.1, False, True)}
+
+
 def test_ppo_keeps_the_same(tmp_path, monkeypatch):
     use_fake_model(monkeypatch)
     reward = reward_config(reward_mode="per_step")
@@ -115,7 +147,7 @@ def queue(tmp_path, monkeypatch) -> Path:
         frames = (100 * prob).byte()[:, None, None, None].expand(-1, 8, 8, 3)
         still = torch.zeros(3, dtype=torch.bool)
         info = {"success": still}
-        hard.keep({"main_images": frames}, torch.arange(3), prob, ~still, info, still)
+        hard.keep({"main_images": frames}, torch.arange(3), prob, 0.0, info, still)
     return tmp_path / "hard"
 
 

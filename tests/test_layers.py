@@ -30,7 +30,6 @@ LEVELS = [
     # 1 data and pure functions
     [
         "episodes",
-        "hard_frames",
         "payload",
         "add_frames",
         "frames",
@@ -38,6 +37,7 @@ LEVELS = [
         "prompts",
         "history",
         "rewards",
+        "hard_frames",
         "drift",
         "intervals",
         "baselines",
@@ -139,7 +139,7 @@ WITHIN_LEVEL = {
     "yaml_tree": {"config"},
     "episodes": {"hard_frames", "add_frames", "trend", "windows"},
     "trend": {"prompts", "windows", "rewards", "trend_card", "audit"},
-    "rewards": {"audit", "metrics", "frame_card"},
+    "rewards": {"audit", "metrics", "frame_card", "hard_frames"},
     "prompts": {"windows", "rewards"},
     "history": {"rewards"},
     "payload": {"add_frames", "frames", "labelling"},
@@ -188,7 +188,7 @@ WITHIN_LEVEL = {
     "run": {"rl_config"},
     "prior": {"experience"},
     "refresh": {"experience"},
-    "experience": {"async_rollout"},
+    "experience": {"async_rollout", "run"},
     "evaluation": {"recorded", "run"},
     "robot_run": {"worlds"},
 }

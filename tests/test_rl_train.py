@@ -18,6 +18,7 @@ from common import config
 from common.checkpoint import load_checkpoint
 from common.env_workers import EnvPool
 from common.episodes import EpisodeWriter, list_episodes, read_episode
+from common.payload import RewardDatasetPayload
 from common.resnet_reward import ResNetRewardConfig, ResNetRewardModel
 from common.runtime import UserError
 from common.scenes import DataCollectionConfig
@@ -178,9 +179,9 @@ def test_demo(made, tmp_path):
     assert (result["num_episodes"], result["env_steps"]) == (2, 48)
     assert result["best_step"] in (24, 48)
     state, meta = load_checkpoint(folder / "checkpoints" / "last")
-    assert len(state["buffer"]["reward"]) == meta["step"] == 48
+    assert len(state["replay"]["online"]["reward"]) == meta["step"] == 48
     # of 4 episodes each, the last step alone may be paid
-    assert (state["buffer"]["reward"] != 0).sum() <= 4
+    assert (state["replay"]["online"]["reward"] != 0).sum() <= 4
     assert load_checkpoint(folder / "checkpoints" / "best")[1]["step"] == result["best_step"]
     cfg = config.from_yaml(rl_train.Config, folder / "config.yaml")
     assert cfg.runner.max_steps == 48
@@ -237,7 +238,7 @@ def test_sac_with_an_asynchronous_rollout(made, tmp_path):
     assert any("rollout/learned_success" in row for row in log)
     state, meta = load_checkpoint(folder / "checkpoints" / "last")
     # the last step before each message may still be with the reward model
-    assert 0 <= meta["step"] - len(state["buffer"]["reward"]) <= 2
+    assert 0 <= meta["step"] - len(state["replay"]["online"]["reward"]) <= 2
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -263,6 +264,34 @@ def test_inline_and_worker_give_the_same_ppo(made, run_here, tmp_path):
     assert numbers(tmp_path / "inline") == numbers(tmp_path / "worker")
 
 
+@pytest.mark.slow
+def test_a_reward_model_is_refreshed_and_stays_so_in_a_run_that_goes_on(made, run_here, tmp_path, capsys):
+    """The reward model's weights are random, so that it has everything to learn: successes are white."""
+    episodes = [read_episode(path) for path in list_episodes(made.prior)]
+    frames = [torch.from_numpy(frame) for e in episodes for frame in e.images["main_images"][1:]]
+    images, labels = frames + [torch.full_like(frames[0], 255)] * 20, [0] * len(frames) + [1] * 20
+    for split in ("train", "val"):
+        metadata = {"render": episodes[0].render, "views": ["main_images"]}
+        RewardDatasetPayload(images, labels, metadata).save(tmp_path / "data" / f"{split}.pt")
+    refresh = ("reward.keep_hard=20", "reward.refresh_every=24", "reward.refresh_steps=20")
+    small = tmp_path / "refresh.yaml"
+    small.write_text("actor: {micro_batch_size: 8, global_batch_size: 8}")
+    where = (f"reward.refresh_data={tmp_path / 'data'}", f"reward.refresh_config={small}")
+    per_step = ("reward.reward_mode=per_step", "reward.reward_threshold=auto")
+    run = tmp_path / "run"
+    run_here(demo(made, run, *refresh, *where, *per_step))
+    out = capsys.readouterr().out
+    assert "the reward model has learned from" in out
+    assert re.search(r"AUPRC +0\.\d+ .* 1\.000", out)
+    assert re.search(r"step \d+: [1-9]\d* judged frames of the replay buffer are paid anew", out)
+    last = run / "checkpoints" / "last"
+    refreshed = load_checkpoint(last)[1]["refreshed_reward_model"]
+    assert Path(refreshed).parent.parent == run / "refresh"
+    run_here(demo(made, tmp_path / "again", f"runner.resume_dir={last}", "runner.max_steps=60", *per_step))
+    assert f"the reward model is the refreshed one, {refreshed}" in capsys.readouterr().out
+    assert load_checkpoint(tmp_path / "again/checkpoints/last")[1]["refreshed_reward_model"] == refreshed
+
+
 def test_a_run_goes_on_from_last_and_best_can_be_evaluated_alone(made, run_here, tmp_path):
     first, second, alone = (tmp_path / name for name in ("first", "second", "alone"))
     run_here(demo(made, first, "runner.max_steps=24"))
@@ -270,9 +299,13 @@ def test_a_run_goes_on_from_last_and_best_can_be_evaluated_alone(made, run_here,
     run_here(demo(made, second, f"runner.resume_dir={last}"))
     assert [row["step"] for row in rows(second) if "train/q" in row] == [36, 48]
     before, after = (
-        load_checkpoint(folder / "checkpoints" / "last")[0]["buffer"] for folder in (first, second)
+        load_checkpoint(folder / "checkpoints" / "last")[0]["replay"]["online"] for folder in (first, second)
     )
     assert len(before["obs"]) == 24
+    # nor do they begin where those that were collected with the same seed did
+    with EnvPool(0) as pool:
+        collected = pool.make(config.from_yaml(rl_train.Config, DEMO).env.train).reset(0)
+    assert not before["obs"][:2].isclose(collected).all(1).any()
     assert len(after["obs"]) == 48
     assert after["obs"][:24].equal(before["obs"])
     # what follows are other episodes, not the first ones once more
@@ -309,6 +342,7 @@ def test_an_alarm_that_stops_saves_last_and_says_why(made, run_here, tmp_path, c
     step = load_checkpoint(tmp_path / "run" / "checkpoints" / "last")[1]["step"]
     assert 48 <= step < 96
     assert f"stopped at step {step}; go on with runner.resume_dir=" in capsys.readouterr().out
+    assert (tmp_path / "run" / "curves.png").exists()  # and what one wants to look at then
 
 
 def test_an_alarm_that_lowers_pays_less_of_the_learned_reward(made, run_here, tmp_path, capsys):
@@ -316,13 +350,13 @@ def test_an_alarm_that_lowers_pays_less_of_the_learned_reward(made, run_here, tm
     run_here(fooled(made, tmp_path / "run", *changes, "reward.audit.lower_by=0"))
     out = capsys.readouterr().out
     assert "reward.reward_weight is multiplied by 0 from here on" in out
-    assert out.count("first false positive of an evaluation, at step 12 of its episode") == 1
+    assert out.count("an evaluation is fooled for the first time, at step 12 of an episode") == 1
     assert (tmp_path / "run" / "first_false_positive.mp4").stat().st_size > 1000
     assert {"eval/precision_high", "reward/num_called"} <= set().union(*rows(tmp_path / "run"))
     weights = [row["reward/weight"] for row in rows(tmp_path / "run") if "reward/weight" in row]
     assert weights
     assert set(weights) == {0.0}
-    paid = load_checkpoint(tmp_path / "run" / "checkpoints" / "last")[0]["buffer"]["reward"] > 1e-6
+    paid = load_checkpoint(tmp_path / "run" / "checkpoints" / "last")[0]["replay"]["online"]["reward"] > 1e-6
     assert paid[:48].sum() == 4
     assert paid[-24:].sum() == 0  # two more episodes ended there
 
@@ -375,7 +409,7 @@ def test_ctrl_c_saves_last(made, tmp_path, where):
     assert f"go on with runner.resume_dir={folder}/checkpoints/last" in out
     assert f"stopped at step {meta['step']};" in out
     # the transitions of the last step may have been on their way to the buffer or the model
-    assert 0 <= meta["step"] + 2 - len(state["buffer"]["reward"]) <= 6
+    assert 0 <= meta["step"] + 2 - len(state["replay"]["online"]["reward"]) <= 6
     assert not (folder / "summary.json").exists()
     assert {path.name for path in folder.iterdir()} == {"config.yaml", "metrics.jsonl", "checkpoints"}
 

@@ -214,7 +214,7 @@ class ArmRun(ClockedRun):
 
     def __init__(self, envs: OperatedEnvs, **runner):
         super().__init__(**runner)
-        self.eval_envs, self.buffer = envs, None
+        self.eval_envs, self.replay = envs, None
 
     def evaluate(self) -> None:
         super().evaluate()
@@ -597,9 +597,9 @@ def test_demo(monkeypatch, tmp_cwd, renderer):
     files = {"curves.png", "traces.html", "scores.png", "eval.mp4"}
     assert {path.name for path in folder.iterdir()} >= files
     state, meta = load_checkpoint(folder / "checkpoints" / "last")
-    assert meta["step"] == len(state["buffer"]["reward"]) == 150
-    assert state["buffer"]["obs"].shape == (150, 19 + 3 * 32 * 32)
-    assert set(state["buffer"]["reward"].tolist()) <= {0.0, 1.0}
-    assert state["buffer"]["terminal"].equal(state["buffer"]["reward"] == 1)
-    pictures = state["buffer"]["obs"][:, 19:]
+    assert meta["step"] == len(state["replay"]["online"]["reward"]) == 150
+    assert state["replay"]["online"]["obs"].shape == (150, 19 + 3 * 32 * 32)
+    assert set(state["replay"]["online"]["reward"].tolist()) <= {0.0, 1.0}
+    assert state["replay"]["online"]["terminal"].equal(state["replay"]["online"]["reward"] == 1)
+    pictures = state["replay"]["online"]["obs"][:, 19:]
     assert pictures.min() >= 0 and pictures.max() <= 1 and pictures.std(0).max() > 0.05
