@@ -323,7 +323,8 @@ def add(args: argparse.Namespace) -> None:
     found = add_frames(args.add, train, args.val_output_path, args.train_output_path)
     print(f"{args.train_output_path}: {found.success} success and {found.fail} fail frames added at its end")
     if found.known:
-        print(f"{found.known} frames were there already")
+        corrected = f"; of {len(found.corrected)} the label is corrected" if found.corrected else ""
+        print(f"{found.known} frames were there already{corrected}")
     if found.unlabelled:
         print(f"{found.unlabelled} frames have no label: python collect.py --review {args.add}")
     for path in found.frozen:

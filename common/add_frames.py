@@ -29,6 +29,9 @@ class Added:
     success: int = 0
     fail: int = 0
     known: int = 0  # were in the train split already
+    corrected: list[int] = field(
+        default_factory=list
+    )  # of those, the new label where a person has changed it
     frozen: list[Path] = field(default_factory=list)  # episodes that share a frame with the validation split
     unlabelled: int = 0  # nobody has said what is true
 
@@ -45,8 +48,9 @@ def add_frames(source: Path, train_path: Path, val_path: Path, out_path: Path) -
     person's (`common.hard_frames`). UserError where they show other cameras or sizes than the data set.
     """
     train, val = RewardDatasetPayload.load(train_path), RewardDatasetPayload.load(val_path)
-    frozen, known = ({_hash(image.numpy()) for image in split.images} for split in (val, train))
-    found, frames, labels = Added(), [], []
+    frozen = {_hash(image.numpy()) for image in val.images}
+    known = {_hash(image.numpy()): place for place, image in enumerate(train.images)}
+    found, frames, labels = Added(), [], list(train.labels)
     episodes, steps, names = [], [], []
     for path in list_episodes(source):
         episode = read_episode(path, views=tuple(train.views))
@@ -61,25 +65,31 @@ def add_frames(source: Path, train_path: Path, val_path: Path, out_path: Path) -
         if label is None:
             found.unlabelled += len(shown)
             continue
-        fresh = [t for t, frame_hash in enumerate(hashes) if frame_hash not in known]
-        found.known += len(shown) - len(fresh)
-        known |= set(hashes)
-        if fresh:
-            names.append(str(path))
-        for t in fresh:
+        reviewed = episode.infos[-1].get("reviewed")
+        for t, frame_hash in enumerate(hashes):
+            if frame_hash in known:
+                found.known += 1
+                if reviewed and labels[known[frame_hash]] != label[t]:
+                    labels[known[frame_hash]] = int(label[t])
+                    found.corrected.append(int(label[t]))
+                continue
+            known[frame_hash] = len(labels)
             frames.append(shown[t])
             labels.append(int(label[t]))
+            if names[-1:] != [str(path)]:
+                names.append(str(path))
             episodes.append(len(names) - 1)
             steps.append(t + 1)
-    found.success, found.fail = sum(labels), len(labels) - sum(labels)
-    if frames or out_path != train_path:
+    found.success = sum(labels[len(train.labels) :])
+    found.fail = len(frames) - found.success
+    if frames or found.corrected or out_path != train_path:
         metadata = _describe(train.metadata, source, found, names, episodes, steps)
         with atomic_write(out_path) as temporary, PayloadFile(temporary) as file:
             for image in train.images:
                 file.add(image.numpy())
             for frame in frames:
                 file.add(frame)
-            file.finish(train.labels + labels, metadata)
+            file.finish(labels, metadata)
     return found
 
 
@@ -123,8 +133,12 @@ def _describe(
     for key in ("frames", "frames_before_cut"):
         for name in COUNTS if "train" in out.get(key, {}) else ():
             out[key]["train"][name] += vars(found)[name]
+            out[key]["train"][name] += sum(
+                1 if (new == 1) == (name == "success") else -1 for new in found.corrected
+            )
     if "frame_episodes" in out:  # numbers into the list of names
-        first = max(out["frame_episodes"], default=-1) + 1
+        listed = out["episodes"]["train"] if isinstance(out.get("episodes"), dict) else []
+        first = max(len(listed), max(out["frame_episodes"], default=-1) + 1)
         out["frame_episodes"] += [first + number for number in episodes]
         out["frame_steps"] += steps
     if isinstance(out.get("episodes"), dict) and "train" in out["episodes"]:

@@ -113,6 +113,22 @@ def test_a_person_overrules_the_env(data, tmp_path):
     relabel(list_hard(source)[0], True)
     add(source, data)
     assert content(data / "train.pt")[3:] == [(50, 1)]
+    relabel(list_hard(source)[0], False)  # on second thoughts
+    assert add(source, data).corrected == [0]
+    assert content(data / "train.pt")[3:] == [(50, 0)]
+    metadata = RewardDatasetPayload.load(data / "train.pt").metadata
+    assert metadata["frames"]["train"] == {"success": 1, "fail": 3}
+    assert metadata["num_added"] == 1
+    assert add(source, data).corrected == []
+
+
+def test_an_episode_whose_frames_were_all_cut_keeps_its_number(data, tmp_path):
+    payload = RewardDatasetPayload.load(data / "train.pt")
+    payload.metadata["episodes"]["train"].append("all_cut.pkl")
+    payload.save(data / "train.pt")
+    add(write_hard(tmp_path / "hard", [50]), data)
+    metadata = RewardDatasetPayload.load(data / "train.pt").metadata
+    assert Path(metadata["episodes"]["train"][metadata["frame_episodes"][-1]]).parent == tmp_path / "hard"
 
 
 def test_other_cameras_are_refused(data, tmp_path):
