@@ -99,7 +99,13 @@ class RewardClient:
         return out
 
     def await_one(self, timeout_s: float) -> None:
-        """Return once `receive` has something to hand out, or when the time is up. Inline it has already."""
+        """Return once `receive` has something to hand out, or when the time is up."""
+        start = time.perf_counter()
+        self._await_one(timeout_s)
+        self.seconds += time.perf_counter() - start
+
+    def _await_one(self, timeout_s: float) -> None:
+        """Inline it has already."""
 
     @property
     def camera_views(self) -> tuple[str, ...]:
@@ -304,7 +310,7 @@ class RewardWorker(RewardClient):
                 "reward.model.infer_micro_batch_size, or set reward.placement to inline"
             ) from error
 
-    def await_one(self, timeout_s: float) -> None:
+    def _await_one(self, timeout_s: float) -> None:
         if self._sent and not self._done:
             wait_for([self.child.connection, self.child.process.sentinel], timeout_s)
 
@@ -343,7 +349,7 @@ class RewardLink(RewardClient):
         self.link.send({view: images.cpu().numpy() for view, images in frames.items()})
         self._sent.append((keys, time.perf_counter()))
 
-    def await_one(self, timeout_s: float) -> None:
+    def _await_one(self, timeout_s: float) -> None:
         if self._sent and not self._done:
             self.link.has_message(timeout_s)
 
