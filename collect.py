@@ -16,7 +16,8 @@ Out, in the run folder: `config.yaml`, `summary.json` and
 A second start with the same `log_path` goes on where the first one stopped.
 
 Episodes collected with `env.eval.data_collection.frames=sim_state` have no pictures. `--render-from` draws
-those in DIR by the cameras of the config and writes them anew: cameras can be tried on the same episodes.
+those in DIR by the cameras of the config and writes them anew, into another `runner.logger.log_path`: cameras
+can be tried on the same episodes.
 
 `--view` writes `DIR/traces.html`, a page for the browser: the video of each episode and, on one time line,
 what was true; with `--model` also what a reward model's checkpoint says, false positives first. It shows 40

@@ -140,8 +140,9 @@ def evaluate(envs, agent, client: RewardClient | None, num_episodes: int, seed: 
         return _by_episode(table, said, quota, False, {})
     if client is None:
         return _by_episode(table, {}, quota, False, {})
-    audit = make_audit(client.cfg)
-    heard = hear(client, looks, table["done"], client.decision(envs.num_envs), audit)
+    audit, done = make_audit(client.cfg), table["done"]
+    counted = done.cumsum(0) - done.long() < quota  # not what fast envs do while the others go on
+    heard = hear(client, looks, done, client.decision(envs.num_envs), audit, counted=counted)
     of_windows = client.cfg.of_windows
     said = {"paid": heard.paid} if of_windows else {"prob": heard.score, "verdict": heard.learned}
     last_only = client.cfg.reward_mode == "terminal"

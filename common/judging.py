@@ -151,9 +151,10 @@ def hear(
     decision: Decision,
     audit: Audit | TrendAudit,
     allowed: Tensor | None = None,
+    counted: Tensor | None = None,
 ) -> Heard:
     """Wait for the verdicts on `looks` of T steps in order of time, the next ones after those that `decision`
-    has heard of; count them in `audit`.
+    has heard of; count them in `audit` (of windows those at steps in `counted` (T, N) bool; None: all).
 
     The looks' data has been submitted under the keys t * (B*N) + slot. done, allowed (T, N) bool on the CPU:
     see `Decision`, which judges frames; windows are worth what the parser says.
@@ -169,8 +170,11 @@ def hear(
     if client.cfg.of_windows:
         asked = torch.stack([look.lengths for look in looks]) > 0
         paid, learned = torch.where(asked, score, 0.0), torch.zeros(shape, dtype=torch.bool)
+        counted = torch.ones_like(asked) if counted is None else counted.repeat(1, shape[1] // done.shape[1])
         for verdicts in heard:
-            audit.count(verdicts, truth.view(-1)[verdicts.keys])
+            kept = counted.view(-1)[verdicts.keys]
+            of_kept = {name: value[kept.to(value.device)] for name, value in vars(verdicts).items()}
+            audit.count(WindowVerdicts(**of_kept), truth.view(-1)[verdicts.keys[kept]])
     else:
         learned = decision(score, done, allowed)
         paid = worth(score, learned)

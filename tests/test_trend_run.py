@@ -206,10 +206,10 @@ def oracle(prior: Path, folder: Path, *changes: str) -> dict:
 @pytest.mark.slow
 def test_the_label_rule_teaches_to_push(prior, tmp_path):
     """Paid by true trends alone: measured 0.89 to 0.96 over three seeds."""
-    assert oracle(prior, tmp_path / "rl", "runner.max_steps=6000")["true_success_once"] >= 0.5
+    assert oracle(prior, tmp_path / "rl", "runner.max_steps=4000")["true_success_once"] >= 0.5
 
 
 @pytest.mark.slow
 def test_the_same_run_paid_nothing_learns_nothing(prior, tmp_path):
-    changes = ["runner.max_steps=3000", "reward.reward_weight=0"]
+    changes = ["runner.max_steps=1500", "reward.reward_weight=0"]
     assert oracle(prior, tmp_path / "rl", *changes)["true_success_once"] < 0.1

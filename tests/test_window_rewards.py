@@ -171,6 +171,14 @@ def test_evaluation_and_traces_of_windows():
     np.testing.assert_array_equal(first.label_prob[:3], [[np.nan] * 3, [np.nan] * 3, [1, 0, 0]])
 
 
+def test_windows_of_episodes_beyond_an_envs_share_do_not_count():
+    """Env 1 lives through two episodes of 2 steps, a window each, while env 0 has one: 2 of 4 + 1 windows."""
+    result = evaluate(
+        CountingEnvs([[5], [2]], pixel=pixels), StillAgent(), RewardClient(window_config()), 2, seed=0
+    )
+    assert result.metrics["eval/positive_share"] == 2 / 5
+
+
 def test_a_trace_is_called_what_is_paid_the_likeliest_label(monkeypatch):
     unsure = torch.tensor([0.45, 0.3, 0.25])  # below 0.5, and positive all the same
     monkeypatch.setattr(
