@@ -68,7 +68,7 @@ def train_ppo(cfg: Config, run: Run, agent: PPO, envs, client: RewardClient | No
             looks.append(watch.look(step.frames, step.frame_ids, step.success, step.done, distance))
             if client is not None:
                 client.submit(looks[-1].data, t * watch.num_slots + looks[-1].slots)
-            if run.hard is None:
+            if run.hard is None or not run.hard.room:
                 looks[-1].data = {}
             infos.append(step.info)
             steps.append({"obs": obs, "action": action, "logprob": logprob, "value": value, **step.arrays})
