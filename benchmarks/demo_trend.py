@@ -114,9 +114,10 @@ def run_demo(folder: str, seed: int) -> dict:
 
 def run_controls(folder: str, seed: int) -> dict:
     """True success of the same RL on the same data paid nothing and paid what a perfect model would pay, and
-    of the policy before its first step in the env."""
+    of a policy that only imitates, before its first step in the env."""
     command = [part for part in stages(folder, seed)["rl"] if "log_path" not in part]
-    run_stage([*command, f"runner.logger.log_path={folder}/rl_imitation", "runner.max_steps=2"])
+    only_imitate = ["runner.max_steps=2", "algorithm.imitation_coef=10000"]  # next to it Q counts for nothing
+    run_stage([*command, f"runner.logger.log_path={folder}/rl_imitation", *only_imitate])
     # Neither needs the trained model: zero times anything is nothing, and the label rule knows the distances.
     seeded = [part for part in command[2:] if "reward.model" not in part]
     perfect = ["rl_train.py", "configs/demo_trend_oracle.yaml", *seeded]
