@@ -219,7 +219,8 @@ def test_old_and_new_stand_side_by_side(data, capsys):
     assert compared["old"]["added"]["false_positives"] == fooled
     assert compared["old"]["threshold"] == old.threshold
     assert compared["new"]["added"]["false_positives"] + compared["new"]["added"]["true_negatives"] == 6
-    assert compared["new"]["scores"]["recall"]["interval"] == pytest.approx([0.701, 1], abs=1e-3)  # 15 of 15, in 9 episodes
+    # 15 of 15, two each of five episodes and one each of five: worth 15^2 / (5 * 2^2 + 5) = 9
+    assert compared["new"]["scores"]["recall"]["interval"] == pytest.approx([0.701, 1], abs=1e-3)
     out = capsys.readouterr().out
     assert f"by the new model: old calls {fooled} of 6 failures a success and misses 0 of 0 successes" in out
     assert re.search(r"recall +[01]\.\d+ \(.*\) +1\.000 \(0\.701 to 1\.000\)", out)
