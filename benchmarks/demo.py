@@ -104,7 +104,7 @@ def run_controls(folder: str, seed: int) -> dict:
     command = [part for part in stages(folder, seed)["rl"] if "log_path" not in part]
     run_stage([*command, f"runner.logger.log_path={folder}/control", "reward.reward_weight=0"])
     rollouts, frames, card = (f"{folder}/{name}" for name in ("rollouts", "rollout_data", "rollout_card"))
-    policy = f"policies=[{{name: checkpoint, path: {folder}/rl/checkpoints/best}}]"
+    policy = f"policies=[{{name: checkpoint, path: {folder}/rl/checkpoints/best, deterministic: true}}]"
     told = [f"runner.seed={700 + seed}", "runner.num_episodes=400", f"runner.logger.log_path={rollouts}"]
     run_stage(["collect.py", "configs/demo_collect.yaml", policy, *told])
     data = [f"{rollouts}/collected_data", "--output-dir", frames]
