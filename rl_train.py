@@ -166,7 +166,7 @@ def train_sac(cfg: Config, run: Run, agent: SAC, envs, client: RewardClient | No
     replay = start_sac(cfg, run, agent, client)
     refresher = None
     if cfg.reward.refresh_every:
-        refresher = Refresher(cfg.reward, run.folder, client, run.hard, run.log.say)
+        refresher = Refresher(cfg.reward, run.folder, client, run.hard, run.log.say, run.refreshed)
     memory = refresher.memory if refresher is not None else None
     parts = cfg.reward, algorithm.bootstrap_type, algorithm.gamma, run.hard, memory
     rollout = Rollout(envs, client, *parts)
@@ -201,6 +201,7 @@ def refresh_reward(cfg: Config, run: Run, refresher: Refresher, rollout: Rollout
         replay.add(transitions)
     if not refresher.refresh(run.step):
         return
+    run.log.log(run.step, rollout.metrics())  # of the model before; the alarm need not hear of it
     client = refresher.client
     rollout.decision = client.decision(rollout.num_envs)
     count = refresher.memory.pay_again(replay.online, client, cfg.reward.reward_weight)
@@ -280,7 +281,7 @@ def learn(cfg: Config, run: Run, agent: PPO | SAC, client: RewardClient | None, 
             run.save("last")
             print(f"\nstopped at step {run.step}; go on with runner.resume_dir={run.folder}/checkpoints/last")
         if isinstance(error, Fooled):
-            run.draw(cfg.env.fps)  # this is what one wants to look at then
+            run.draw_why(cfg.env.fps, plays=not cfg.env.at_an_arm)
         raise
     run.load_best()
 

@@ -151,11 +151,13 @@ def run_seeds(
         for measured in (False, True) if args.controls else (False,):
             if measured:
                 rows[-1]["controls"] = run_controls(folder, seed)
-            if args.seeds:
-                save_json(rows, ROOT / "benchmarks" / "results" / f"{Path(plain).name}.json")
+            if args.seeds:  # so far, should the next seed be cut short
+                save_json(rows, ROOT / f"{plain}-seeds.json")
         print_report(folder, rows[-1])
     if args.seeds or args.controls:
         print_table(rows)
+    if args.seeds:
+        save_json(rows, ROOT / "benchmarks" / "results" / f"{Path(plain).name}.json")
 
 
 def print_report(folder: str, summary: dict) -> None:

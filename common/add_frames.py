@@ -69,9 +69,8 @@ def add_frames(source: Path, train_path: Path, val_path: Path, out_path: Path) -
         for t, frame_hash in enumerate(hashes):
             if frame_hash in known:
                 found.known += 1
-                if reviewed and labels[known[frame_hash]] != label[t]:
+                if reviewed:
                     labels[known[frame_hash]] = int(label[t])
-                    found.corrected.append(int(label[t]))
                 continue
             known[frame_hash] = len(labels)
             frames.append(shown[t])
@@ -80,6 +79,8 @@ def add_frames(source: Path, train_path: Path, val_path: Path, out_path: Path) -
                 names.append(str(path))
             episodes.append(len(names) - 1)
             steps.append(t + 1)
+    pairs = zip(train.labels, labels, strict=False)  # those that were there before
+    found.corrected = [after for before, after in pairs if after != before]
     found.success = sum(labels[len(train.labels) :])
     found.fail = len(frames) - found.success
     if frames or found.corrected or out_path != train_path:

@@ -145,7 +145,7 @@ class AuditConfig:
     max_hack_gap: float = 10.0  # points of a hundred by which learned success may exceed true success
     # warn: a line in the log; stop: save `last` and end the run; lower: pay less of the learned reward
     action: Literal["warn", "stop", "lower"] = "warn"
-    min_episodes: int = 50  # the newest ones, so many at least, are looked at together
+    min_episodes: int = 50  # of training, the newest ones, so many at least, are looked at together
     confidence: float = 0.99  # that the gap is wider; it is asked at every log line, so .95 would cry wolf
     lower_by: float = 0.5  # lower: reward_weight is multiplied by it, each time
 
@@ -208,7 +208,7 @@ class Alarm:
 
     def _judge(self, source: str, heard: deque) -> str | None:
         fooled, missed, episodes = (sum(row[column] for row in heard) for column in range(3))
-        if episodes < self.cfg.min_episodes:
+        if not episodes or (source == "rollout" and episodes < self.cfg.min_episodes):
             return None
         low = 100 * gap_lower_bound(fooled, missed, episodes, self.cfg.confidence)
         if low <= self.cfg.max_hack_gap:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike
 
-from common.intervals import Interval, draw_episodes, interval_of, wilson_lower_bound
+from common.intervals import Interval, draw_episodes, interval_of, num_trials, wilson_lower_bound
 from common.rewards import reaches
 from common.runtime import UserError
 
@@ -217,9 +217,10 @@ def choose_threshold(
         seen = _effective_number(success_prob, weight, episode, candidates)
         bound = wilson_lower_bound(seen * tp / np.maximum(tp + fp, 1e-12), seen)
         # few failures that were kept, each for many that were not, may be called by chance alone
-        num_failures = (~label).sum()
-        num_false = _weight_reaching(success_prob[~label], np.ones(num_failures), candidates)
-        false_rate = 1 - wilson_lower_bound(num_failures - num_false, num_failures)
+        _, number = np.unique(episode[~label], return_inverse=True)
+        trials = num_trials(np.bincount(number))
+        num_false = _weight_reaching(success_prob[~label], np.ones(len(number)), candidates)
+        false_rate = 1 - wilson_lower_bound(trials * (1 - num_false / len(number)), trials)
         excess = rule.value - np.minimum(bound, precision_at(tp, false_rate, weight[~label].sum()))
     keeps = (excess <= 1e-12) & (tp > 0)
     if keeps.any():

@@ -82,10 +82,16 @@ class Refresher:
         client: RewardClient,
         hard: HardFrames,
         say: Callable[[str], None],
+        before: str | None = None,
     ):
+        """before: the checkpoint that an earlier run was refreshed to, whose hard frames lie beside it."""
         self.cfg, self.folder, self.client, self.hard, self.say = cfg, folder, client, hard, say
         self.memory = JudgedFrames(cfg.refresh_memory)
         self.num_learned = 0  # hard frames that the model has been shown
+        base = Path(cfg.refresh_data) if before is None else Path(before).parent.parent
+        self.base = base / "train.pt"  # what it had learned from before this run
+        if not self.base.exists():
+            raise UserError(f"{self.base} is gone, from which the reward model {before} has learned")
 
     def due(self, before: int, now: int) -> bool:
         """Whether a multiple of refresh_every lies in (before, now]."""
@@ -105,7 +111,8 @@ class Refresher:
         _run(
             "preprocess_resnet.py",
             f"--add={self.hard.writer.folder}",
-            f"--output-dir={data}",
+            f"--output-dir={self.base.parent}",
+            f"--val-output-path={data / 'val.pt'}",
             f"--train-output-path={train}",
         )
         _run(

@@ -75,6 +75,7 @@ class Run:
         self.owes_evaluation = False  # one that was put off
         self.replay: Replay | None = None  # SAC's; saved with `last`
         self.refreshed: str | None = None  # checkpoint of the reward model that took over from the config's
+        self.asked_for = client.cfg.model_name if client is not None else None  # the config's
         self.hard: HardFrames | None = None  # is shown what the reward model judged in training
         self.start = self.logged_at = time.perf_counter()
         self.logged_step = 0
@@ -150,7 +151,8 @@ class Run:
         if name == "last":
             state |= {"rng": rng_state(), "replay": self.replay.state_dict() if self.replay else None}
         meta = {**self.agent_meta, "step": self.step, "best_step": self.best_step, "merit": self.merit}
-        meta |= {"reward_weight_factor": self.weight_factor, "refreshed_reward_model": self.refreshed}
+        meta |= {"reward_weight_factor": self.weight_factor}
+        meta |= {"reward_model": self.asked_for, "refreshed_reward_model": self.refreshed}
         save_checkpoint(self.folder / "checkpoints" / name, state, meta)
 
     def resume(self, folder: Path) -> None:
@@ -169,16 +171,26 @@ class Run:
                 save_checkpoint(ours, state_of_best, meta_of_best)
         if self.alarm is not None:
             self.alarm.weight = meta.get("reward_weight_factor", 1.0)
+        if "buffer" in state:
+            raise UserError(
+                f"{folder} was saved by an older version, whose replay buffer this one cannot read"
+            )
         if self.replay is not None and state.get("replay") is not None:
             self.replay.load_state_dict(state["replay"])
         if "rng" in state:
             set_rng_state(state["rng"])
 
     def take_over(self, folder: Path) -> None:
-        """Judge by the refreshed reward model that the checkpoint's run ended with, if it was refreshed: call
-        it before anything is judged."""
-        path = load_meta(folder).get("refreshed_reward_model")
+        """Judge by the refreshed reward model that the checkpoint's run ended with, if there is one and the
+        config names the model that it came from: call it before anything is judged."""
+        meta = load_meta(folder)
+        path = meta.get("refreshed_reward_model")
         if path is None or self.client is None:
+            return
+        if meta["reward_model"] != self.asked_for:
+            self.log.say(
+                f"the reward model is {self.asked_for}, as the config says, and not the refreshed {path}"
+            )
             return
         if not Path(path).exists():
             raise UserError(f"{folder} was trained on the refreshed reward model {path}, which is gone")
@@ -231,6 +243,15 @@ class Run:
         asks_frames = self.client is not None and not self.client.cfg.of_windows
         threshold = self.client.threshold if asks_frames else None
         return {**final, "env_steps": self.step, "best_step": self.best_step, "reward_threshold": threshold}
+
+    def draw_why(self, fps: int, plays: bool) -> None:
+        """After the alarm: what one wants to look at then. plays: the present agent may act for it, which an
+        arm is spared."""
+        if not plays:
+            return plot_learning_curves(self.folder / "metrics.jsonl", self.folder / "curves.png")
+        if self.client is not None:
+            self.client.receive(wait=True)  # verdicts that were under way
+        self.draw(fps)
 
     def draw(self, fps: int) -> None:
         """curves.png, and of fresh episodes of the present agent traces.html, scores.png and eval.mp4."""

@@ -124,9 +124,9 @@ def test_an_alarm_forgets_what_another_model_has_said():
 def test_training_and_evaluation_are_heard_apart():
     alarm = Alarm(AuditConfig(max_hack_gap=10, min_episodes=20, action="lower", lower_by=0.25))
     assert alarm.hear(told("rollout", 10, 0, 10)) is None
-    assert alarm.hear(told("eval", 10, 0, 10)) is None
-    assert alarm.hear(told("eval", 10, 0, 10)) is None  # of the same scenes: ten episodes stay ten
-    assert "evaluation" in alarm.hear(told("eval", 20, 0, 20))
+    assert alarm.hear(told("eval", 4, 0, 10)) is None
+    assert alarm.hear(told("eval", 4, 0, 10)) is None  # of the same scenes: ten episodes stay ten
+    assert "of the last 10 episodes of evaluation" in alarm.hear(told("eval", 10, 0, 10))
     assert alarm.weight == 0.25
     assert alarm.hear({"train/q": 1.0}) is None
     assert "training" in alarm.hear(told("rollout", 10, 0, 10))

@@ -290,6 +290,9 @@ def test_a_reward_model_is_refreshed_and_stays_so_in_a_run_that_goes_on(made, ru
     run_here(demo(made, tmp_path / "again", f"runner.resume_dir={last}", "runner.max_steps=60", *per_step))
     assert f"the reward model is the refreshed one, {refreshed}" in capsys.readouterr().out
     assert load_checkpoint(tmp_path / "again/checkpoints/last")[1]["refreshed_reward_model"] == refreshed
+    other = (f"reward.model.model_path={Path(refreshed)}", "runner.only_eval=true")
+    run_here(demo(made, tmp_path / "other", f"runner.resume_dir={last}", *per_step, *other))
+    assert "as the config says, and not the refreshed" in capsys.readouterr().out
 
 
 def test_a_run_goes_on_from_last_and_best_can_be_evaluated_alone(made, run_here, tmp_path):
@@ -336,13 +339,15 @@ def fooled(made: Made, folder: Path, *changes: str) -> list[str]:
 
 
 def test_an_alarm_that_stops_saves_last_and_says_why(made, run_here, tmp_path, capsys):
-    message = "is fooled: of the last 4 episodes of training it calls 4 a success that are none"
+    """The model is asked in another process, and owes verdicts when the alarm goes off."""
+    message = r"is fooled: of the last \d+ episodes of training it calls \d+ a success that are none"
+    asked = ("reward.reward_mode=per_step", "reward.placement=worker", "runner.num_video_episodes=1")
     with pytest.raises(UserError, match=message):
-        run_here(fooled(made, tmp_path / "run", "reward.audit.action=stop"))
+        run_here(fooled(made, tmp_path / "run", "reward.audit.action=stop", *asked))
     step = load_checkpoint(tmp_path / "run" / "checkpoints" / "last")[1]["step"]
     assert 48 <= step < 96
     assert f"stopped at step {step}; go on with runner.resume_dir=" in capsys.readouterr().out
-    assert (tmp_path / "run" / "curves.png").exists()  # and what one wants to look at then
+    assert (tmp_path / "run" / "curves.png").exists() and (tmp_path / "run" / "traces.html").exists()
 
 
 def test_an_alarm_that_lowers_pays_less_of_the_learned_reward(made, run_here, tmp_path, capsys):
