@@ -248,7 +248,7 @@ def test_sac_with_an_asynchronous_rollout(made, tmp_path):
 @pytest.mark.slow
 def test_inline_and_worker_give_the_same_sac(made, run_here, tmp_path):
     for placement in ("inline", "worker"):
-        changes = ("reward.reward_mode=per_step", "runner.val_check_interval=24")
+        changes = ("reward.reward_mode=per_step", "reward.reward_threshold=0", "runner.val_check_interval=24")
         run_here(demo(made, tmp_path / placement, *changes, f"reward.placement={placement}"))
     assert numbers(tmp_path / "inline") == numbers(tmp_path / "worker")
     assert any("reward/precision" in row for row in numbers(tmp_path / "inline"))

@@ -201,7 +201,8 @@ class ClockedRun(Run):
     """A run whose evaluations are only noted."""
 
     def __init__(self, **runner):
-        self.runner = RunnerConfig(log_interval=0, **runner)
+        self.runner = RunnerConfig(**runner)
+        self.runner.log_interval = 0  # never
         self.step, self.owes_evaluation, self.evaluated = 0, False, []
         self.hard = self.alarm = None
 
@@ -251,7 +252,8 @@ def test_after_an_evaluation_training_begins_a_new_episode():
     rl_train.train_sac(cfg, run, agent, envs, None)
     assert run.evaluated == [3, 6]  # due at 2, 4 and 6
     place = envs.spec.obs_layout["tcp_pose"][0]
-    z = torch.stack([run.buffer.obs[:6, place + 2], run.buffer.next_obs[:6, place + 2]])
+    online = run.replay.online
+    z = torch.stack([online.obs[:6, place + 2], online.next_obs[:6, place + 2]])
     assert z[0, 3] == z[0, 0]  # at the start, not where the evaluation left it
     assert (z[0, 1:3] == z[1, 0:2]).all() and (z[0, 4:] == z[1, 3:5]).all()
 
