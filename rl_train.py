@@ -199,13 +199,14 @@ def refresh_reward(cfg: Config, run: Run, refresher: Refresher, rollout: Rollout
     """A better reward model from here on, and for what it has paid for so far."""
     for transitions in rollout.drain():  # nothing may be under way to the model
         replay.add(transitions)
-    if not refresher.refresh(run.step):
+    step = run.step + rollout.num_envs  # the one that has just been taken counts
+    if not refresher.refresh(step):
         return
     run.log.log(run.step, rollout.metrics())  # of the model before; the alarm need not hear of it
     client = refresher.client
     rollout.decision = client.decision(rollout.num_envs)
     count = refresher.memory.pay_again(replay.online, client, cfg.reward.reward_weight)
-    run.log.say(f"step {run.step:,}: {count} judged frames of the replay buffer are paid anew")
+    run.log.say(f"step {step:,}: {count} judged frames of the replay buffer are paid anew")
     if replay.prior is not None:
         prior = relabelled_prior(cfg, run, client)
         replay.prior = prior.buffer

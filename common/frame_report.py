@@ -75,7 +75,7 @@ def side_by_side(old: dict[str, Any], new: dict[str, Any]) -> str:
     old, new: `threshold`, `scores` of a `frame_card`, and `added`: `metrics.Counts` as a dict, or None.
     """
     lines = [
-        f"{'the same validation frames':<26}{'old':<30}new",
+        f"{'of the same frames':<26}{'old':<30}new",
         f"{'threshold':<26}{old['threshold']:<30.3f}{new['threshold']:.3f}",
     ]
     for name in SCORES:
