@@ -1,6 +1,6 @@
 """The whole workflow, small and for real: what `make demo` runs.
 
-    python benchmarks/demo.py                             # one seed, about 4 minutes on 2 idle cores
+    python benchmarks/demo.py                             # one seed, 2 min 17 s on 2 idle cores
     python benchmarks/demo.py --seeds 0 1 2 --controls    # the README's table
 
 Runs the plain commands of the workflow, each printed before it runs, and collects their numbers in
