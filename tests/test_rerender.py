@@ -64,6 +64,7 @@ def test_drawn_afterwards_as_on_the_spot(start, states, drawn):
     check_alike(start("now"), drawn)
 
 
+@pytest.mark.slow
 def test_processes_share_the_drawing(start, drawn):
     pick = "env.eval.task=PickCube-v1"
     states = start("pick_states", LATER, pick)

@@ -150,6 +150,7 @@ def numbers(folder: Path) -> list[dict]:
 # Every config of the guide and the demo, run for a few steps
 
 
+@pytest.mark.slow
 def test_demo(made, tmp_path):
     folder = tmp_path / "run"
     changes = ("runner.val_check_interval=24", "runner.num_video_episodes=1", "runner.save_interval=24")

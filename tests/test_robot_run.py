@@ -520,6 +520,7 @@ runner: {num_success_frames: 15, num_fail_frames: 30, val_split: 0.3, logger: {l
 """
 
 
+@pytest.mark.slow
 def test_a_killed_arm_server_is_one_line_and_labelling_goes_on_where_it_was(monkeypatch, tmp_cwd):
     """collect.py, the operator's devices and the HTTP arm are the real ones; the camera is a toy."""
 
