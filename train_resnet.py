@@ -204,10 +204,8 @@ class Judge:
         before = model.meta.get("data_sha256", {})  # of the model that this run goes on from
         if before.keys() == self.seen.keys():
             for role, files in before.items():
-                self.seen[role] = {
-                    **{f"{path}, before": sha for path, sha in files.items()},
-                    **self.seen[role],
-                }
+                older = {f"{path}, before": sha for path, sha in files.items()}
+                self.seen[role] = older | self.seen[role]
 
     def __enter__(self) -> "Judge":
         logger = self.cfg.runner.logger
@@ -326,9 +324,8 @@ class Judge:
         where = np.flatnonzero(self.train_set.added)
         if not where.size:
             return None
-        return asdict(
-            counts_at(score_frames(model, self.train_set, where), self.train_set.labels[where], threshold)
-        )
+        success_prob = score_frames(model, self.train_set, where)
+        return asdict(counts_at(success_prob, self.train_set.labels[where], threshold))
 
 
 def score_frames(

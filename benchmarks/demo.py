@@ -25,6 +25,8 @@ sys.path.insert(0, str(ROOT))
 from common.files import load_json, save_json  # noqa: E402  the checkout is not installed
 from common.runtime import run_script, versions  # noqa: E402
 
+# Before the first env step; next to this coefficient Q counts for nothing, and Adam knows no scale.
+ONLY_IMITATE = ["runner.max_steps=2", "algorithm.imitation_coef=10000"]
 ON_POLICY = {"auprc": "AUPRC", "precision": "precision", "recall": "recall"}  # of the report card
 
 
@@ -148,11 +150,10 @@ def run_seeds(
     for seed in args.seeds or [args.seed]:
         folder = f"{plain}-seed{seed}" if args.seeds else plain
         rows.append(run_seed(folder, seed))
-        for measured in (False, True) if args.controls else (False,):
-            if measured:
-                rows[-1]["controls"] = run_controls(folder, seed)
-            if args.seeds:  # so far, should the next seed be cut short
-                save_json(rows, ROOT / f"{plain}-seeds.json")
+        if args.seeds:  # so far, should what follows be cut short
+            save_json(rows, ROOT / f"{plain}-seeds.json")
+        if args.controls:
+            rows[-1]["controls"] = run_controls(folder, seed)
         print_report(folder, rows[-1])
     if args.seeds or args.controls:
         print_table(rows)

@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.demo import move_aside, run_seeds, run_stage, seed_parser  # noqa: E402  not installed
+from benchmarks.demo import ONLY_IMITATE, move_aside, run_seeds, run_stage, seed_parser  # noqa: E402
 from common.files import load_json, save_json  # noqa: E402
 from common.runtime import run_script, versions  # noqa: E402
 from common.trend_report import card_table  # noqa: E402
@@ -116,8 +116,7 @@ def run_controls(folder: str, seed: int) -> dict:
     """True success of the same RL on the same data paid nothing and paid what a perfect model would pay, and
     of a policy that only imitates, before its first step in the env."""
     command = [part for part in stages(folder, seed)["rl"] if "log_path" not in part]
-    only_imitate = ["runner.max_steps=2", "algorithm.imitation_coef=10000"]  # next to it Q counts for nothing
-    run_stage([*command, f"runner.logger.log_path={folder}/rl_imitation", *only_imitate])
+    run_stage([*command, f"runner.logger.log_path={folder}/rl_imitation", *ONLY_IMITATE])
     # Neither needs the trained model: zero times anything is nothing, and the label rule knows the distances.
     seeded = [part for part in command[2:] if "reward.model" not in part]
     perfect = ["rl_train.py", "configs/demo_trend_oracle.yaml", *seeded]

@@ -24,7 +24,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.demo import move_aside, run_seeds, run_stage, seed_parser  # noqa: E402  not installed
+from benchmarks.demo import ONLY_IMITATE, move_aside, run_seeds, run_stage, seed_parser  # noqa: E402  not installed
 from common.files import load_json, save_json  # noqa: E402
 from common.runtime import run_script, versions  # noqa: E402
 
@@ -43,8 +43,6 @@ TASKS = {  # what differs from PickCube, and the label
         "success",
     ),
 }
-# Before the first env step; next to this coefficient Q counts for nothing, and Adam knows no scale.
-ONLY_IMITATE = ["runner.max_steps=2", "algorithm.imitation_coef=10000"]
 CONTROLS = {
     "nothing": ["reward.reward_weight=0"],
     "imitation": ONLY_IMITATE,

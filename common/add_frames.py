@@ -29,9 +29,8 @@ class Added:
     success: int = 0
     fail: int = 0
     known: int = 0  # were in the train split already
-    corrected: list[int] = field(
-        default_factory=list
-    )  # of those, the new label where a person has changed it
+    # of those, where a person has changed the label: the new one, 1 success, 0 fail
+    corrected: list[int] = field(default_factory=list)
     frozen: list[Path] = field(default_factory=list)  # episodes that share a frame with the validation split
     unlabelled: int = 0  # nobody has said what is true
 
@@ -131,12 +130,11 @@ def _describe(
     out["num_added"] = out.get("num_added", 0) + found.total
     out["added"] = [*out.get("added", []), {"from": str(source), **{c: vars(found)[c] for c in COUNTS}}]
     out["num_train_samples"] = out.get("num_train_samples", 0) + found.total
+    gained = 2 * sum(found.corrected) - len(found.corrected)  # successes by correction; failures lose as many
     for key in ("frames", "frames_before_cut"):
-        for name in COUNTS if "train" in out.get(key, {}) else ():
-            out[key]["train"][name] += vars(found)[name]
-            out[key]["train"][name] += sum(
-                1 if (new == 1) == (name == "success") else -1 for new in found.corrected
-            )
+        if (counts := out.get(key, {}).get("train")) is not None:
+            counts["success"] += found.success + gained
+            counts["fail"] += found.fail - gained
     if "frame_episodes" in out:  # numbers into the list of names
         listed = out["episodes"]["train"] if isinstance(out.get("episodes"), dict) else []
         first = max(len(listed), max(out["frame_episodes"], default=-1) + 1)

@@ -78,7 +78,7 @@ def frame_card(scored: ScoredFrames, threshold: float) -> dict[str, Any]:
         "auprc": _entry(metrics.auprc(prob, label, weight), interval_of(area)),
         "roc_auc": _entry(metrics.roc_auc(prob, label, weight), interval_of(pairs)),
         "calibration_error": _entry(error, interval_of(errors)),
-        **_shares(scored, threshold, plain, counts, episode, drawn),
+        **_shares(scored, threshold, counts, episode, drawn),
     }
     if scored.whole and scored.episode is not None and scored.step is not None:
         scores |= _rank_episodes(scored, drawn)
@@ -103,7 +103,6 @@ def _entry(value: float, interval: Interval) -> dict[str, Any]:
 def _shares(
     scored: ScoredFrames,
     threshold: float,
-    plain: metrics.Counts,
     counts: metrics.Counts,
     episode: np.ndarray,
     drawn: np.ndarray,
